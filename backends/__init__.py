@@ -1,0 +1,20 @@
+"""Implementations. Nothing here is imported before the registry loads an op's backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["BUILTIN_BACKENDS"]
+
+#: Backends that come with isokern, by op, as ``module:class``; loading one imports no optional framework.
+BUILTIN_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fused_sigmoid_gating": (
+            "isokern.backends.torch_native.backends:TorchReference",
+            "isokern.backends.torch_native.backends:TorchVectorized",
+            "isokern.backends.torch_native.backends:TorchChunked",
+            "isokern.backends.numba_cpu.backend:NumbaCpu",
+        ),
+    }
+)

@@ -1,0 +1,74 @@
+"""The registry: ops by name, their interchangeable backends, and the choice among them.
+
+    from isokern import registry
+    op = registry.get("fused_sigmoid_gating")
+
+Importing it imports neither torch, triton, cupy nor numba, and initialises no CUDA.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from ..errors import UnknownNameError
+from .backend import Backend, Config, Runner
+from .core import Registry
+from .decision import Accepted, Decision, Outcome, RejectCode, Rejected, Rule, Verdict
+from .overrides import use as _use
+from .plugins import FunctionBackend
+from .spec import OpSpec
+
+__all__ = [
+    "Accepted",
+    "Backend",
+    "Config",
+    "Decision",
+    "FunctionBackend",
+    "OpSpec",
+    "Outcome",
+    "Registry",
+    "RejectCode",
+    "Rejected",
+    "Rule",
+    "Runner",
+    "Verdict",
+    "backend",
+    "backends",
+    "default",
+    "get",
+    "names",
+    "pin",
+    "refresh",
+    "register_backend",
+    "register_op",
+    "spec",
+    "unregister_backend",
+    "use",
+    "use_store",
+]
+
+#: The process-wide registry behind the functions of this module.
+default = Registry()
+
+names = default.names
+get = default.get
+spec = default.spec
+backends = default.backends
+backend = default.backend
+register_backend = default.register_backend
+unregister_backend = default.unregister_backend
+register_op = default.register_op
+use_store = default.use_store
+pin = default.pin
+refresh = default.refresh
+
+
+def use(op: str, backend: str) -> AbstractContextManager[None]:
+    """Context manager: within the block ``op`` runs on ``backend``, or the call raises.
+
+    Raises:
+        UnknownNameError: on entry, when the op or the backend is not registered.
+    """
+    if backend not in default.backends(op):
+        raise UnknownNameError("backend", backend, default.backends(op))
+    return _use(op, backend)

@@ -1,0 +1,116 @@
+"""What a backend is: a predicate, a list of configs, and a way to bind one of them to a problem."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .decision import Verdict
+
+__all__ = ["Backend", "Config", "Runner", "Scalar", "fingerprint_files"]
+
+Scalar = int | float | bool | str
+
+#: A bound kernel: takes the op's canonical arguments record and returns the output tensor. It writes into
+#: ``args.out`` when that is set (it always is, unless inputs require grad) and returns it.
+Runner = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One setting of a backend: named scalars, hashable, ordered by name."""
+
+    items: tuple[tuple[str, Scalar], ...] = ()
+
+    @classmethod
+    def of(cls, **values: Scalar) -> Config:
+        return cls(tuple(sorted(values.items())))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Scalar]) -> Config:
+        return cls(tuple(sorted(values.items())))
+
+    def to_dict(self) -> dict[str, Scalar]:
+        return dict(self.items)
+
+    def __getitem__(self, name: str) -> Scalar:
+        for key, value in self.items:
+            if key == name:
+                return value
+        raise KeyError(name)
+
+    @property
+    def label(self) -> str:
+        """``"chunk=64,v_tile=32"``; ``"default"`` when there is nothing to set."""
+        return ",".join(f"{k}={v}" for k, v in self.items) or "default"
+
+
+def fingerprint_files(files: Iterable[Path], extra: Mapping[str, str] | None = None) -> str:
+    """SHA-256 (16 hex digits) over the named files' contents, in order, and ``extra`` (library versions)."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    digest.update(json.dumps(dict(extra or {}), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+class Backend(ABC):
+    """One implementation of one op.
+
+    Subclasses live in modules that import no optional framework at import time; ``bind`` does that.
+
+    Attributes:
+        op: name of the op implemented.
+        name: unique among the op's backends.
+        provenance: what it is written in (``torch``, ``triton``, ``cupy``, ``numba``, ``external``), not where it runs.
+        requires: importable modules it needs; a missing one is a ``NOT_INSTALLED`` rejection, no import tried.
+        tags: promises tested by the conformance suite: ``repeatable``, ``differentiable``,
+            ``batch_invariant`` (packing changes no bit), ``capture_safe``.
+        priority: place in the heuristic order; higher first. The reference is 0.
+        accuracy: which error bound the op's reference gives it (``recurrent``, ``chunked``).
+        exceptions_file: path of the TOML file declaring reasoned exceptions from conformance checks, if any.
+    """
+
+    op: ClassVar[str]
+    name: ClassVar[str]
+    provenance: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    tags: ClassVar[frozenset[str]] = frozenset()
+    priority: ClassVar[int] = 10
+    accuracy: ClassVar[str] = "recurrent"
+    exceptions_file: ClassVar[str | None] = None
+
+    def rank(self, problem: Any) -> int:
+        """Place in the heuristic order for ``problem``: higher first. Used only where nothing is tuned."""
+        return self.priority
+
+    @abstractmethod
+    def check(self, problem: Any) -> Verdict:
+        """Whether this backend honours every argument of ``problem``. Pure; no imports, no device access."""
+
+    def configs(self, problem: Any) -> Sequence[Config]:
+        """The settings worth trying on ``problem``; the first is the heuristic default. Never empty."""
+        return (Config(),)
+
+    @abstractmethod
+    def bind(self, problem: Any, config: Config) -> Runner:
+        """Compile, or look up, the kernel for ``problem`` and ``config``. Not called on the hot path."""
+
+    def sources(self) -> Sequence[Path]:
+        """Files whose contents decide what the kernel does (helpers included); feeds the fingerprint."""
+        return (Path(inspect.getfile(type(self))),)
+
+    def toolchain(self) -> Mapping[str, str]:
+        """Versions of what compiles the kernel, by name, without importing it."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """Changes whenever the kernel could have: stored beside its samples, checked before they are reused."""
+        return fingerprint_files(self.sources(), self.toolchain())

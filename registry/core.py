@@ -1,0 +1,229 @@
+"""Registry: the ops, their backends, and what was decided for them earlier (plans, tuned stores)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RegistrationError, UnknownNameError
+from . import overrides
+from .backend import Backend
+from .decision import Rule
+from .dispatch import Dispatcher
+from .plugins import load_attribute, plugins
+from .selection import Suggestion
+from .spec import OpSpec
+
+if TYPE_CHECKING:
+    from ..cache.environment import Environment
+    from ..cache.plan import Plan
+    from ..cache.store import Store
+
+__all__ = ["BUILTIN_OPS", "Registry"]
+
+BUILTIN_OPS: Mapping[str, str] = MappingProxyType(
+    {"fused_sigmoid_gating": "isokern.registry.ops.fused_sigmoid_gating.spec:SPEC"}
+)
+
+_LAYER_RULES = {"explicit": Rule.TUNED_USER, "user": Rule.TUNED_USER, "memory": Rule.TUNED_USER}
+_LAYER_RULES |= {"site": Rule.TUNED_SITE, "shipped": Rule.TUNED_SHIPPED}
+
+
+class Registry:
+    """Any number of ops, each with any number of interchangeable backends.
+
+    One process-wide instance stands behind the functions of :mod:`isokern.registry`; tests make their own.
+    """
+
+    def __init__(self, builtin_ops: Mapping[str, str] = BUILTIN_OPS, load_plugins: bool = True) -> None:
+        self._targets = dict(builtin_ops)
+        self._specs: dict[str, OpSpec] = {}
+        self._ops: dict[str, Any] = {}
+        self._dispatchers: dict[str, Dispatcher] = {}
+        self._backends: dict[str, dict[str, Backend]] = {}
+        self._load_plugins = load_plugins
+        self._loaded: set[str] = set()
+        self._environment_overrides: dict[str, str] | None = None
+        self._store: Store | None = None
+        self._environments: dict[str, Environment] = {}
+        self._plan: Plan | None = None
+        self._fingerprints: dict[tuple[str, str], str] = {}
+
+    # ---- ops
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all registered ops."""
+        return tuple(sorted({*self._targets, *self._specs}))
+
+    def register_op(self, spec: OpSpec) -> None:
+        """Add an op. Raises RegistrationError if the name is taken."""
+        if spec.name in self._specs or spec.name in self._targets:
+            raise RegistrationError(f"op {spec.name!r} is already registered")
+        self._specs[spec.name] = spec
+
+    def spec(self, name: str) -> OpSpec:
+        """The op's specification. Raises UnknownNameError with near matches."""
+        if name not in self._specs:
+            if name not in self._targets:
+                raise UnknownNameError("op", name, self.names())
+            spec = load_attribute(self._targets[name])
+            if not isinstance(spec, OpSpec) or spec.name != name:
+                raise RegistrationError(f"{self._targets[name]} is not the OpSpec of {name!r}")
+            self._specs[name] = spec
+        return self._specs[name]
+
+    def get(self, name: str) -> Any:
+        """The op ``name`` as a callable; the same object every time. Raises UnknownNameError."""
+        if name not in self._ops:
+            self._ops[name] = self.spec(name).make_op(self.dispatcher(name))
+        return self._ops[name]
+
+    def dispatcher(self, name: str) -> Dispatcher:
+        """What resolves the op's calls (tuner and tools use it; callers use ``get``)."""
+        if name not in self._dispatchers:
+            self._dispatchers[name] = Dispatcher(self.spec(name), self)
+        return self._dispatchers[name]
+
+    # ---- backends
+
+    def backends(self, name: str) -> Mapping[str, Backend]:
+        """All backends of op ``name`` by backend name, built-in, from plugins and registered by hand."""
+        if name not in self._loaded:
+            self.spec(name)
+            self._loaded.add(name)
+            self._load_backends(name)
+        return MappingProxyType(self._backends.setdefault(name, {}))
+
+    def register_backend(self, backend: Backend, replace: bool = False) -> Backend:
+        """Add a backend. Raises RegistrationError when the name is taken, UnknownNameError for an unknown op."""
+        if not isinstance(backend, Backend):
+            raise RegistrationError(f"expected a Backend instance, given {backend!r}")
+        known = self.backends(backend.op)
+        if backend.name in known and not replace:
+            raise RegistrationError(f"backend {backend.name!r} of op {backend.op!r} is already registered")
+        self._backends[backend.op][backend.name] = backend
+        self._fingerprints.pop((backend.op, backend.name), None)
+        self._forget(backend.op)
+        return backend
+
+    def unregister_backend(self, op: str, name: str) -> None:
+        """Remove a backend. Raises UnknownNameError."""
+        if name not in self.backends(op):
+            raise UnknownNameError("backend", name, self.backends(op))
+        del self._backends[op][name]
+        self._forget(op)
+
+    def fingerprint(self, op: str, name: str) -> str:
+        """The backend's fingerprint, computed once per process."""
+        key = (op, name)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = self.backends(op)[name].fingerprint()
+        return self._fingerprints[key]
+
+    def _load_backends(self, name: str) -> None:
+        from ..backends import BUILTIN_BACKENDS
+
+        if name in self._targets:  # an op of isokern's own
+            for target in BUILTIN_BACKENDS.get(name, ()):
+                self._add(load_attribute(target)())
+        if self._load_plugins:
+            self._load_plugins = False
+            for backend in plugins(self.names()):
+                self._add(backend)
+
+    def _add(self, backend: Backend) -> None:
+        known = self._backends.setdefault(backend.op, {})
+        if backend.name in known:
+            warnings.warn(
+                f"isokern: a plugin's backend {backend.name!r} of {backend.op!r} is ignored: the name is taken",
+                stacklevel=3,
+            )
+            return
+        known[backend.name] = backend
+
+    # ---- what was decided earlier
+
+    def environment_override(self, op: str) -> str | None:
+        """The backend named by ``ISOKERN_BACKEND_<OP>``, read once per process (``refresh`` reads again)."""
+        if self._environment_overrides is None:
+            self._environment_overrides = overrides.environment_overrides()
+        return self._environment_overrides.get(op)
+
+    @property
+    def store(self) -> Store:
+        """The tuned choices, layered; opened at first use."""
+        if self._store is None:
+            from ..cache.store import Store
+
+            self._store = Store.default()
+        return self._store
+
+    def use_store(self, store: Store | None) -> None:
+        """Look tuned choices up in ``store`` from now on (None: the default layers again)."""
+        self._store = store
+        self._forget()
+
+    def pin(self, plan: Plan | None) -> None:
+        """Let ``plan`` decide before any tuned store; None unpins."""
+        self._plan = plan
+        self._forget()
+
+    def refresh(self) -> None:
+        """Read the environment's overrides and the stores again, and resolve every call anew."""
+        self._environment_overrides = None
+        self._environments.clear()
+        if self._store is not None:
+            self._store.refresh()
+        self._forget()
+
+    def environment(self, device: str) -> Environment:
+        """What tuned choices depend on besides the problem, for ``device`` (``cpu`` or ``cuda``)."""
+        if device not in self._environments:
+            import torch
+
+            from ..cache.environment import current_environment
+
+            threads = torch.get_num_threads() if device == "cpu" else None
+            self._environments[device] = current_environment(device, threads=threads)
+        return self._environments[device]
+
+    def suggestions(self, spec: OpSpec, problem: Any) -> list[Suggestion]:
+        """What the pinned plan and the tuned stores say about ``problem``, best first."""
+        found: list[Suggestion] = []
+        key = problem.tuning_key()
+        environment = self.environment(problem.device)
+        if self._plan is not None:
+            choice = self._plan.lookup(spec.name, spec.contract_version, key)
+            if choice is not None:
+                detail = f"plan {self._plan.content_hash[:12]}"
+                found.append(Suggestion(Rule.PLAN, choice.backend, dict(choice.config), detail))
+        names = self.backends(spec.name)
+        prints = {name: self.fingerprint(spec.name, name) for name in names}
+        result = self.store.get(spec.name, spec.contract_version, key, environment, prints)
+        entry = getattr(result, "entry", None)
+        if entry is not None:
+            rule = _LAYER_RULES.get(result.layer, Rule.TUNED_USER)
+            found.append(Suggestion(rule, entry.backend, dict(entry.config), f"{result.layer} store: {entry.rule}"))
+        return found
+
+    def _forget(self, op: str | None = None) -> None:
+        for name, dispatcher in self._dispatchers.items():
+            if op is None or name == op:
+                dispatcher.forget()
+
+    # ---- decorator
+
+    def backend(self, op: str, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: register ``run(call, **config) -> Tensor`` as a backend of ``op``; returns it unchanged.
+
+        Options are those of :class:`registry.plugins.FunctionBackend`: check, configs, requires, tags, priority...
+        """
+        from .plugins import FunctionBackend
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.register_backend(FunctionBackend(run, op, name, **options))
+            return run
+
+        return register

@@ -1,0 +1,316 @@
+"""The float64 reference, written from the formula, with a running bound on any float32 evaluation of it.
+
+The recurrence per sequence and value head, state ``S`` of shape ``[K, V]``:
+
+    S <- exp(g) * S;   u = beta * (v - S^T k);   S <- S + k u^T;   o = S^T q
+
+The bound. ``exp(g) <= 1`` and ``|1 - beta * ||k||^2| <= 1`` for normalised keys, so the step never amplifies an
+error already made; what remains is the sum of the local rounding errors. With unit roundoff ``u = 2**-24``,
+``h' = exp(g) S`` and ``m = 6 * sqrt(K)`` standing for the rounding of a sum of K terms in any order, the error
+``E`` of one column of the state (in the 2-norm over K) obeys
+
+    E <- E * max(exp g) * growth + u * [ ||(c_g + 1) h'|| + beta ||k|| (m + 2 c_n + 2) sum|h'||k|
+                                         + beta ||k|| (c_beta + 4 + 2 c_n) (|v| + |d|) + 2 ||S|| ]
+    |o - o_ref| <= ||q|| E + u (m + c_n + 2) sum|S||q|        (then half an ulp of the output's dtype)
+
+``c_g``, ``c_beta``, ``c_n`` are the relative errors, in units of u, of the decay, of beta and of a normalised
+vector; ``d = h'^T k``. Chunked forms evaluate the same sums from their parts (the state at the start of the chunk,
+and each earlier token of the chunk), so cancellation between the parts is rounded too: there ``|h'|`` is replaced
+by the majorant ``M' = sum of |parts|`` and the decays' errors accumulate over the chunk in ``F``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .call import Call
+from .gates import beta_of, log_decay, normalise
+
+__all__ = ["Reference", "reference"]
+
+U32 = 2.0**-24
+F64 = torch.float64
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Exact results and error bounds for the value heads in ``heads``; all tensors float64 on the CPU.
+
+    Attributes:
+        heads: the value heads computed, in the order of the head axes below.
+        offsets: ``N + 1`` row offsets of the sequences into the B * T tokens.
+        o, o_bound: ``[tokens, heads, V]``; rows no sequence covers are NaN.
+        state, state_bound: final states ``[N, heads, K, V]`` and, per column, ``[N, heads, V]``.
+        steps, steps_bound: states after each token ``[tokens, heads, K, V]``, ``[tokens, heads, V]``; None unless
+            the call stores intermediate states.
+    """
+
+    heads: tuple[int, ...]
+    offsets: tuple[int, ...]
+    o: torch.Tensor
+    o_bound: torch.Tensor
+    state: torch.Tensor
+    state_bound: torch.Tensor
+    steps: torch.Tensor | None
+    steps_bound: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gates:
+    """Per-token quantities for the chosen heads, float64: decay and its error, beta and its error, q, k, v."""
+
+    decay: torch.Tensor  # [tokens, heads, K or 1]
+    decay_error: torch.Tensor  # same, in units of u, relative
+    beta: torch.Tensor  # [tokens, heads, 1]
+    beta_error: torch.Tensor
+    q: torch.Tensor  # [tokens, heads, K], normalised and scaled
+    k: torch.Tensor
+    v: torch.Tensor  # [tokens, heads, V]
+    norm_error: float
+
+
+def reference(
+    call: Call,
+    heads: Sequence[int] | None = None,
+    chunk: int | None = None,
+    initial: torch.Tensor | None = None,
+) -> Reference:
+    """Evaluate ``call`` in float64 for the value heads in ``heads`` (default: all). Writes nothing.
+
+    Args:
+        call: canonical arguments. Reads its tensors (copying them to the CPU where they are on a GPU).
+        heads: value heads to compute; heads are independent, so a few stand for all where all would take too long.
+        chunk: bound for chunked evaluations with chunks of this many tokens; None for token-by-token ones.
+        initial: ``[N, heads, K, V]`` float64 start states in place of the pool's (a caller that keeps exact
+            states across calls).
+    """
+    chosen = tuple(range(call.hv)) if heads is None else tuple(heads)
+    index = torch.tensor(chosen, dtype=torch.int64)
+    gates = _gates(call, index, chunk)
+    offsets = call.offsets if call.lengths_on_host else tuple(_cpu(call.cu_seqlens).tolist())
+    n = len(offsets) - 1
+    lengths = [y - x for x, y in pairwise(offsets)]
+    order = sorted(range(n), key=lambda i: -lengths[i])
+    k_dim, v_dim = call.key_dim, call.value_dim
+
+    start = _start_states(call, index, n) if initial is None else initial.to(F64)
+    h = start[order].clone() if n else start.clone()
+    error = torch.zeros(n, len(chosen), v_dim, dtype=F64)
+    o = torch.full((call.tokens, len(chosen), v_dim), math.nan, dtype=F64)
+    o_bound = torch.zeros_like(o)
+    keep = call.intermediates is not None
+    steps = torch.full((call.tokens, len(chosen), k_dim, v_dim), math.nan, dtype=F64) if keep else None
+    steps_bound = torch.zeros(call.tokens, len(chosen), v_dim, dtype=F64) if keep else None
+    tree = _Tree.of(call, order, h) if call.parents is not None else None
+    major = h.abs() if chunk else None
+    spread = torch.zeros_like(h) if chunk else None
+    starts = torch.tensor([offsets[i] for i in order], dtype=torch.int64)
+
+    for t in range(max(lengths, default=0)):
+        live = sum(1 for i in order if lengths[i] > t)  # order is by length: a prefix is alive
+        rows = starts[:live] + t
+        if tree is not None and t:
+            tree.load(t, live, h, error, steps, steps_bound, rows)
+        if chunk and t % chunk == 0 and major is not None and spread is not None:
+            major[:live] = h[:live].abs()
+            spread[:live] = 0
+        _step(call, gates, rows, h, error, o, o_bound, live, major, spread, chunk)
+        if chunk and major is not None and spread is not None:
+            full = (t + 1) % chunk == 0
+            formed = [i for i in range(live) if full or lengths[order[i]] == t + 1]
+            if formed:
+                _form_state(gates, error, major, spread, formed, chunk)
+        if steps is not None and steps_bound is not None:
+            steps[rows] = h[:live]
+            steps_bound[rows] = error[:live]
+
+    back = torch.empty(n, dtype=torch.int64)
+    back[torch.tensor(order, dtype=torch.int64)] = torch.arange(n)
+    return Reference(chosen, offsets, o, o_bound, h[back], error[back], steps, steps_bound)
+
+
+def _cpu(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor.detach().cpu()
+
+
+def _start_states(call: Call, index: torch.Tensor, n: int) -> torch.Tensor:
+    start = torch.zeros(n, len(index), call.key_dim, call.value_dim, dtype=F64)
+    if call.pool is None or call.read_slots is None:
+        return start
+    for i, slot in enumerate(_cpu(call.read_slots).tolist()):
+        if slot >= 0:
+            state = _cpu(call.pool[slot])[index].to(F64)
+            start[i] = state if call.state_layout == "kv" else state.transpose(-1, -2)
+    return start
+
+
+def _gates(call: Call, index: torch.Tensor, chunk: int | None) -> _Gates:
+    flat = lambda t: _cpu(t).to(F64).flatten(0, 1)  # noqa: E731  [B, T, ...] -> [tokens, ...]
+    group = index // (call.hv // call.h)
+    q, k, v = flat(call.q)[:, group], flat(call.k)[:, group], flat(call.v)[:, index]
+    a, b = flat(call.a)[:, index], flat(call.b)[:, index]
+    A_log, bias = _cpu(call.A_log).to(F64)[index], _cpu(call.dt_bias).to(F64)[index]
+    if call.is_kda:
+        A_log = A_log[:, None]
+    else:
+        a, bias, A_log = a[..., None], bias[..., None], A_log[..., None]
+    x = a + bias
+    g = log_decay(A_log, x, call.softplus_beta, call.softplus_threshold, call.lower_bound)
+    beta = beta_of(b, call.allow_neg_eigval)[..., None]
+    norm_error = 0.0
+    if call.use_qk_l2norm:
+        q, k = normalise(q), normalise(k)
+        norm_error = 3 * math.sqrt(call.key_dim) + 5
+    return _Gates(
+        decay=torch.exp(g),
+        decay_error=_decay_error(call, A_log, a, bias, x, g, chunk),
+        beta=beta,
+        beta_error=4 + b[..., None].abs() * (1 - torch.sigmoid(b))[..., None],
+        q=q * call.scale,
+        k=k,
+        v=v,
+        norm_error=norm_error,
+    )
+
+
+def _decay_error(
+    call: Call,
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    bias: torch.Tensor,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    chunk: int | None,
+) -> torch.Tensor:
+    """Relative error of exp(g) in units of u: that of g (absolute), plus exp's own."""
+    sum_error = a.abs() + bias.abs() + x.abs()  # rounding of a + dt_bias and of its product with beta
+    scale = torch.exp(A_log)
+    if call.lower_bound is not None:
+        y = scale * x
+        slope = abs(call.lower_bound) * torch.sigmoid(y) * torch.sigmoid(-y)
+        g_error = slope * (y.abs() * (4 + A_log.abs()) + scale * sum_error) + 4 * g.abs()
+        g_error = torch.where(slope == 0, 4 * g.abs(), g_error)
+    else:
+        g_error = g.abs() * (2 * (3 + A_log.abs()) + 1)
+        g_error = g_error + scale * torch.sigmoid(call.softplus_beta * x) * sum_error
+    if chunk:
+        g_error = g_error + 6 * math.sqrt(chunk) * g.abs()  # decays between tokens are sums of g over the chunk
+    return g_error + g.abs() + 2
+
+
+def _step(
+    call: Call,
+    gates: _Gates,
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    error: torch.Tensor,
+    o: torch.Tensor,
+    o_bound: torch.Tensor,
+    live: int,
+    major: torch.Tensor | None,
+    spread: torch.Tensor | None,
+    chunk: int | None,
+) -> None:
+    """One token of every live sequence, in place on h, error, o, o_bound (and the chunk's majorants)."""
+    decay, c_g = gates.decay[rows], gates.decay_error[rows]
+    beta, c_beta = gates.beta[rows], gates.beta_error[rows]
+    q, k, v = gates.q[rows], gates.k[rows], gates.v[rows]
+    m, c_n = 6 * math.sqrt(call.key_dim), gates.norm_error
+    k_norm, q_norm = k.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
+    k_abs, q_abs = k.abs(), q.abs()
+
+    state = h[:live] * decay[..., None]
+    d = torch.einsum("nhkv,nhk->nhv", state, k)
+    u = beta * (v - d)
+    new = state + k[..., None] * u[..., None, :]
+    h[:live] = new
+    o[rows] = torch.einsum("nhkv,nhk->nhv", new, q)
+
+    growth = decay.amax(-1, keepdim=True)
+    if not call.use_qk_l2norm:
+        growth = growth * torch.maximum(torch.ones_like(beta), (1 - beta * k_norm**2).abs())
+    value_error = beta * k_norm * (c_beta + 4 + 2 * c_n) * (v.abs() + d.abs())
+    if major is None or spread is None or not chunk:
+        magnitude = torch.einsum("nhkv,nhk->nhv", state.abs(), k_abs)
+        local = ((c_g[..., None] + 1) * state).norm(dim=-2) + beta * k_norm * (m + 2 * c_n + 2) * magnitude
+        error[:live] = growth * error[:live] + U32 * (local + value_error + 2 * new.norm(dim=-2))
+        shown = (m + c_n + 2) * torch.einsum("nhkv,nhk->nhv", new.abs(), q_abs)
+    else:
+        m_all = m + 6 * math.sqrt(chunk)
+        weight = (c_g * decay)[..., None]
+        spread[:live] = decay[..., None] * spread[:live] + weight * major[:live]
+        parts = decay[..., None] * major[:live]
+        magnitude = torch.einsum("nhkv,nhk->nhv", spread[:live] + (m_all + 4 * c_n + 4) * parts, k_abs)
+        error[:live] = growth * error[:live] + U32 * (beta * k_norm * magnitude + value_error)
+        major[:live] = parts + k_abs[..., None] * u.abs()[..., None, :]
+        shown = torch.einsum("nhkv,nhk->nhv", spread[:live] + (m_all + 4 * c_n + 4) * major[:live], q_abs)
+    o_bound[rows] = q_norm * error[:live] + U32 * shown
+
+
+def _form_state(
+    gates: _Gates,
+    error: torch.Tensor,
+    major: torch.Tensor,
+    spread: torch.Tensor,
+    which: list[int],
+    chunk: int,
+) -> None:
+    """At the end of a chunk, or of a sequence inside one, the state is formed: its rounding joins the error."""
+    weight = 6 * math.sqrt(chunk) + 2 * gates.norm_error + 4
+    error[which] += U32 * (spread[which] + weight * major[which]).norm(dim=-2)
+
+
+class _Tree:
+    """Token-tree verification: step t starts from the stored state of its parent."""
+
+    def __init__(self, parents: list[list[int]], chained: list[bool], start: torch.Tensor, rounding: float) -> None:
+        self.parents = parents
+        self.chained = chained
+        self.start = start
+        self.rounding = rounding
+
+    @classmethod
+    def of(cls, call: Call, order: list[int], start: torch.Tensor) -> _Tree:
+        from .dtypes import dtype_name, unit_roundoff
+
+        assert call.intermediates is not None
+        table = _cpu(call.parents).tolist()
+        rows = _cpu(call.intermediate_rows).tolist()
+        name = dtype_name(call.intermediates.dtype)
+        rounding = 0.0 if name in ("float32", "float64") else unit_roundoff(name)
+        return cls([table[i] for i in order], [rows[i] < 0 for i in order], start.clone(), rounding)
+
+    def load(
+        self,
+        t: int,
+        live: int,
+        h: torch.Tensor,
+        error: torch.Tensor,
+        steps: torch.Tensor | None,
+        steps_bound: torch.Tensor | None,
+        rows: torch.Tensor,
+    ) -> None:
+        """Put each live sequence's parent state, as the buffer's dtype holds it, into h."""
+        assert steps is not None
+        assert steps_bound is not None
+        for i in range(live):
+            parent = self.parents[i][t]
+            if self.chained[i]:
+                continue  # nothing is stored for this sequence, so its steps follow one another
+            if parent < 0:
+                h[i], error[i] = self.start[i], 0
+                continue
+            row = int(rows[i]) - t + parent
+            h[i], error[i] = steps[row], steps_bound[row]
+            if self.rounding:
+                # An evaluation's state may round to the neighbouring value: one whole ulp apart, per element.
+                exact = h[i]
+                dtype = torch.bfloat16 if self.rounding > 2.0**-10 else torch.float16
+                h[i] = exact.to(dtype).to(F64)
+                error[i] = error[i] + 2 * self.rounding * exact.norm(dim=-2)

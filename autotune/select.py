@@ -111,6 +111,9 @@ class _Chooser:
             )
         self.result = result
         self.policy = result.promotion
+        # Log ratios; like the race, nothing below the clock's quantum is a difference.
+        self.clear = log1p(max(self.policy.min_improvement, result.table.resolution))
+        self.tie = log1p(max(self.policy.tie, result.table.resolution))
         self.racing = [c for c in result.precedence if c not in result.withdrawn]
         self.incumbent = incumbent if incumbent in self.racing else None
         self.default = default if default in self.racing else None
@@ -133,8 +136,7 @@ class _Chooser:
             if not unseating:
                 return self._kept(self.holder)
             rivals = [c for c in eligible if c != self.holder]
-            clear = log1p(self.policy.min_improvement)
-            eligible = [c for c in rivals if self._compare(self.holder, c).centre > clear] or unseating
+            eligible = [c for c in rivals if self._compare(self.holder, c).centre > self.clear] or unseating
         return self._first_of_equals(eligible)
 
     def margin(self, winner: str, other: str | None) -> Margin | None:
@@ -164,9 +166,8 @@ class _Chooser:
         """Survivors proven to beat the holder by more than ``min_improvement``."""
         rivals = [c for c in self.result.survivors if c != holder]
         tail = self.policy.significance / max(1, len(rivals))
-        clear = log1p(self.policy.min_improvement)
         table = self.result.table
-        proven = [c for c in rivals if table.proven_slower(holder, c, clear, tail, self.racing)]
+        proven = [c for c in rivals if table.proven_slower(holder, c, self.clear, tail, self.racing)]
         # The race eliminates its holder on a stricter proof, which stands even if the one it lost to is out.
         lost = holder == self.result.holder and holder in self.result.eliminated
         return proven or (rivals if lost else [])
@@ -178,10 +179,10 @@ class _Chooser:
         challengers = [c for c in self.racing if c != holder]
         best = min(challengers, key=lambda c: self._compare(c, holder).centre)
         faster = self._compare(holder, best)
-        needed = f"more than {percent(log1p(self.policy.min_improvement))} is needed"
+        needed = f"more than {percent(self.clear)} is needed"
         if faster.centre <= 0.0:
             return holder, rule, f"kept the {role}: no challenger is faster"
-        if faster.centre <= log1p(self.policy.min_improvement):
+        if faster.centre <= self.clear:
             return (
                 holder,
                 rule,
@@ -205,11 +206,8 @@ class _Chooser:
             if candidate == leader:
                 return leader, ChoiceRule.FASTEST, f"fastest: {leader}{over}"
             slower = self._compare(candidate, leader)
-            if (
-                slower.low(self.policy.significance) <= log1p(self.policy.tie)
-                and slower.centre
-                <= log1p(self.policy.min_improvement)  # however noisy: not that much by estimate
-            ):
+            # However noisy, nobody is a tie whose estimate alone would justify a promotion over it.
+            if slower.low(self.policy.significance) <= self.tie and slower.centre <= self.clear:
                 text = (
                     f"tie with the fastest ({leader}, by {percent(slower.centre)}): {candidate} comes first"
                 )

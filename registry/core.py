@@ -13,7 +13,7 @@ from .backend import Backend
 from .decision import Rule
 from .dispatch import Dispatcher
 from .plugins import load_attribute, plugins
-from .selection import Suggestion
+from .selection import Suggestion, Suggestions
 from .spec import OpSpec
 
 if TYPE_CHECKING:
@@ -189,24 +189,29 @@ class Registry:
             self._environments[device] = current_environment(device, threads=threads)
         return self._environments[device]
 
-    def suggestions(self, spec: OpSpec, problem: Any) -> list[Suggestion]:
-        """What the pinned plan and the tuned stores say about ``problem``, best first."""
+    def suggestions(self, spec: OpSpec, problem: Any) -> Suggestions:
+        """What the pinned plan and the tuned stores say about ``problem``, best first, and why they say no more."""
+        from ..cache.found import Hit
+
         found: list[Suggestion] = []
+        notes: list[str] = []
         key = problem.tuning_key()
-        environment = self.environment(problem.device)
-        if self._plan is not None:
-            choice = self._plan.lookup(spec.name, spec.contract_version, key)
-            if choice is not None:
-                detail = f"plan {self._plan.content_hash[:12]}"
+        prints = {name: self.fingerprint(spec.name, name) for name in self.backends(spec.name)}
+        choice = None if self._plan is None else self._plan.lookup(spec.name, spec.contract_version, key)
+        if self._plan is not None and choice is not None:
+            detail = f"plan {self._plan.content_hash}"
+            if prints.get(choice.backend) == choice.fingerprint:
                 found.append(Suggestion(Rule.PLAN, choice.backend, dict(choice.config), detail))
-        names = self.backends(spec.name)
-        prints = {name: self.fingerprint(spec.name, name) for name in names}
+            else:
+                notes.append(f"{detail}: {choice.backend!r} has changed since it was measured, or is not registered")
+        environment = self.environment(problem.device)
         result = self.store.get(spec.name, spec.contract_version, key, environment, prints)
-        entry = getattr(result, "entry", None)
-        if entry is not None:
-            rule = _LAYER_RULES.get(result.layer, Rule.TUNED_USER)
+        if isinstance(result, Hit):
+            rule, entry = _LAYER_RULES[result.layer], result.entry
             found.append(Suggestion(rule, entry.backend, dict(entry.config), f"{result.layer} store: {entry.rule}"))
-        return found
+        else:
+            notes.append(f"not tuned: {result.reason}")
+        return Suggestions(tuple(found), tuple(notes))
 
     def _forget(self, op: str | None = None) -> None:
         for name, dispatcher in self._dispatchers.items():

@@ -11,7 +11,7 @@ from ..errors import BackendFailedError, IsokernError
 from . import overrides
 from .backend import Config, Runner
 from .decision import Decision, Rule
-from .selection import Request, Suggestion, decide
+from .selection import Request, decide
 
 if TYPE_CHECKING:
     from .core import Registry
@@ -66,7 +66,7 @@ class Dispatcher:
             backends,
             self.spec.reference_backend,
             self.request(backend),
-            lambda: self._suggestions(problem),
+            lambda: self.registry.suggestions(self.spec, problem),
         )
 
     def resolve(self, key: Hashable, call: Any, backend: str | None) -> Bound:
@@ -100,6 +100,3 @@ class Dispatcher:
         """The typed error for a backend that failed while binding or running."""
         text = f"{type(error).__name__}: {error}"
         return BackendFailedError(self.spec.name, backend, config.label, problem.label, stage, text)
-
-    def _suggestions(self, problem: Any) -> list[Suggestion]:
-        return self.registry.suggestions(self.spec, problem)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from .backend import Backend, Config
 from .decision import Accepted, Decision, Outcome, Rejected, Rule
 from .plugins import checked
 
-__all__ = ["Request", "Suggestion", "decide", "verdicts"]
+__all__ = ["Request", "Suggestion", "Suggestions", "decide", "verdicts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,14 @@ class Suggestion:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Suggestions:
+    """Earlier choices, best first, and remarks on what was looked up in vain."""
+
+    found: tuple[Suggestion, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def verdicts(backends: Mapping[str, Backend], problem: Any) -> tuple[Outcome, ...]:
     """Every backend's verdict, in heuristic order: rank, then name, so the order never depends on registration."""
     ordered = sorted(backends.values(), key=lambda b: (-b.rank(problem), b.name))
@@ -45,13 +53,12 @@ def decide(
     backends: Mapping[str, Backend],
     reference_backend: str,
     request: Request,
-    suggestions: Callable[[], Sequence[Suggestion]],
+    suggestions: Callable[[], Suggestions],
 ) -> Decision:
     """Choose by: argument, context, environment, plan, tuned (user, site, shipped), heuristic order, reference.
 
     Args:
-        suggestions: called only when nothing is forced; yields plan and tuned choices, best first, and misses are
-            simply absent.
+        suggestions: called only when nothing is forced; looks plan and tuned choices up.
 
     Raises:
         UnknownNameError: a forced backend is not registered.
@@ -77,8 +84,9 @@ def decide(
             raise BackendDeclinedError(op, name, verdict.code.value, verdict.reason)
         return _decision(op, key, outcomes, backends[name], None, rule, where, (), problem, verdict)
 
-    notes: list[str] = []
-    for s in suggestions():
+    earlier = suggestions()
+    notes: list[str] = list(earlier.notes)
+    for s in earlier.found:
         verdict = by_name.get(s.backend)
         if isinstance(verdict, Accepted):
             return _decision(

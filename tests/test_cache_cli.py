@@ -10,6 +10,8 @@ import types
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from typer.testing import CliRunner
+
 from isokern import registry
 from isokern.cache import cli, prune
 from isokern.cache.candidate import CandidateRecord
@@ -20,7 +22,6 @@ from isokern.cache.environment import Environment
 from isokern.cache.layer import Layer
 from isokern.cache.silicon import CpuSilicon
 from isokern.errors import UnknownNameError
-from typer.testing import CliRunner
 
 LABELS = (("product", "AMD EPYC"),)
 HERE = Environment("cpu", CpuSilicon("x86_64", 8, ("avx2",)), 8, "", (("torch", "2.13.0"),), "3.11", LABELS)
@@ -40,9 +41,7 @@ def make_entry(n=8, op="some_op", backend="numba", environment=HERE, created="20
         candidates=(
             CandidateRecord("numba", {}, "ok", None, None, 10.0, (10.0, 10.5), fingerprint, ("repeatable",)),
             CandidateRecord("torch", {}, "ok", None, None, 20.0, (20.0,), "t1"),
-            CandidateRecord(
-                "cupy", {"tile": 32}, "rejected", "wrong", "slot 3 [bold]off[/] by 0.5", None, (), "c1"
-            ),
+            CandidateRecord("cupy", {"tile": 32}, "rejected", "wrong", "slot 3 [bold]off[/] by 0.5", None, (), "c1"),
         ),
         measured={
             "policy": "eager",
@@ -277,8 +276,7 @@ class TestMerge:
         found = {
             entry.key["N"]: entry.backend
             for entry in (
-                Layer("explicit", root).read(HERE.hash, "some_op", make_entry(n).key_hash)
-                for n in (1, 2, 3, 4)
+                Layer("explicit", root).read(HERE.hash, "some_op", make_entry(n).key_hash) for n in (1, 2, 3, 4)
             )
         }
         assert found == {1: "torch", 2: "numba", 3: "numba", 4: "numba"}
@@ -321,9 +319,7 @@ class TestPrune:
             return {"numba": types.SimpleNamespace(fingerprint=lambda: "n2")}
 
         monkeypatch.setattr(registry, "backends", backends)
-        gone, kept, unknown = fill(
-            make_entry(), make_entry(9, fingerprint="n2"), make_entry(op="third_party_op")
-        )
+        gone, kept, unknown = fill(make_entry(), make_entry(9, fingerprint="n2"), make_entry(op="third_party_op"))
         result = run("prune", "--root", root, "--stale")
         assert f"{gone}: stale: backend 'numba' has changed" in result.stdout
         assert [path.exists() for path in (gone, kept, unknown)] == [False, True, True]

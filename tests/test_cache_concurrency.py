@@ -9,6 +9,8 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
+
 from isokern.cache.audit import check_layer
 from isokern.cache.layer import Layer
 from isokern.cache.store import Store
@@ -36,8 +38,8 @@ for number in range(first, first + count):
 """
 
 
-def start(root: Path, first: int, count: int, samples: int) -> subprocess.Popen:
-    command = [sys.executable, "-W", "error", "-c", WRITER, str(root), str(first), str(count), str(samples)]
+def start(root: Path, first: int, count: int, samples: int, code: str = WRITER) -> subprocess.Popen:
+    command = [sys.executable, "-W", "error", "-c", code, str(root), str(first), str(count), str(samples)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -80,8 +82,29 @@ def test_readers_of_an_entry_being_replaced_see_a_whole_one(tmp_path):
     assert len(seen) > 1, "the entry was not replaced while it was read"
 
 
+#: Writes the entry files of ``n = first .. first + 4`` over and over, as fast as it can: the texts are made before,
+#: and fsync, which matters when the power fails and not when a process dies, is left out.
+HASTY_WRITER = (
+    WRITER.split("store =", maxsplit=1)[0]
+    + """
+import itertools, os
+from isokern.cache.files import write_atomic
+os.fsync = lambda descriptor: None
+layer = Layer("user", root, writable=True)
+files = []
+for n in range(first, first + count):
+    won = CandidateRecord("b", {}, "ok", None, None, 1.0, (1.0,) * samples, "f")
+    entry = Entry("some_op", 1, {"n": n}, "b", {}, None, None, "", (won,), measured, here.hash)
+    files.append((layer.write(entry, here), entry.to_json()))
+print("ready", flush=True)
+for file in itertools.cycle(files):
+    write_atomic(*file)
+"""
+)
+
+
 def test_writers_killed_mid_flight_leave_only_whole_entries(tmp_path):
-    writers = [start(tmp_path, 10_000 * number, 10_000, 20_000) for number in range(6)]
+    writers = [start(tmp_path, 4 * number, 4, 30_000, HASTY_WRITER) for number in range(6)]
     for number, writer in enumerate(writers):
         assert writer.stdout.readline() == "ready\n"
         time.sleep(0.037 * number)  # so that they die in different places of a write
@@ -90,8 +113,25 @@ def test_writers_killed_mid_flight_leave_only_whole_entries(tmp_path):
         assert writer.wait(30) == -signal.SIGKILL
         writer.stdout.close()
     assert_all_valid(tmp_path)
-    store = Store([Layer("user", tmp_path)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        entries = [found.entry for found in store.entries()]
-    assert len(entries) >= 7
+        entries = [found.entry for found in Store([Layer("user", tmp_path)]).entries()]
+    assert sorted(entry.key["n"] for entry in entries) == list(range(24))
+
+
+@pytest.mark.parametrize("stop_in", ["fsync", "replace"])
+def test_a_writer_killed_before_the_rename_leaves_the_old_entry(tmp_path, stop_in):
+    old = start(tmp_path, 1, 1, 3)
+    assert old.wait(30) == 0
+    old.stdout.close()
+    freeze = f"import os, time\nos.{stop_in} = lambda *_: (print('frozen', flush=True), time.sleep(60))\n"
+    writer = start(tmp_path, 1, 1, 99, freeze + WRITER)
+    assert writer.stdout.readline() == "frozen\n"
+    writer.kill()
+    writer.wait(30)
+    writer.stdout.close()
+    assert_all_valid(tmp_path)
+    found = [located.entry for located in Store([Layer("user", tmp_path)]).entries()]
+    assert [len(entry.chosen.samples_us) for entry in found] == [3, 3]
+    (left,) = Layer("user", tmp_path).temporaries()
+    assert left.name.startswith(".")

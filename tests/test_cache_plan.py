@@ -11,6 +11,7 @@ import sys
 import warnings
 
 import pytest
+
 from isokern.cache.candidate import CandidateRecord
 from isokern.cache.codec import InvalidRecordError, seal, unseal
 from isokern.cache.entry import Entry
@@ -60,10 +61,7 @@ class TestPlan:
         ],
     )
     def test_every_field_of_a_choice_is_in_the_hash(self, change):
-        assert (
-            Plan(HERE, (dataclasses.replace(DECODE, **change),)).content_hash
-            != Plan(HERE, (DECODE,)).content_hash
-        )
+        assert Plan(HERE, (dataclasses.replace(DECODE, **change),)).content_hash != Plan(HERE, (DECODE,)).content_hash
 
     def test_so_is_the_environment_but_not_its_labels(self):
         plan = Plan(HERE, (DECODE,))
@@ -72,9 +70,7 @@ class TestPlan:
         assert Plan(relabelled, (DECODE,)).content_hash == plan.content_hash
 
     def test_two_choices_for_one_key_are_refused(self):
-        with pytest.raises(
-            PlanError, match=r"two choices for one key.*numba\[block=4\] and torch\[default\]"
-        ):
+        with pytest.raises(PlanError, match=r"two choices for one key.*numba\[block=4\] and torch\[default\]"):
             Plan(HERE, (DECODE, dataclasses.replace(PROMPT, key={"N": 8})))
 
     def test_a_choice_that_cannot_be_stored_is_refused(self):
@@ -101,9 +97,7 @@ class TestPlan:
         file = tmp_path / "plan.json"
         Plan(HERE, (DECODE,)).save(file)
         here = dataclasses.replace(HERE, threads=4, versions=(("torch", "2.12.0"),))
-        message = (
-            "another environment (threads: plan 8, here 4; versions.torch: plan '2.13.0', here '2.12.0')"
-        )
+        message = "another environment (threads: plan 8, here 4; versions.torch: plan '2.13.0', here '2.12.0')"
         with pytest.raises(PlanError) as caught:
             Plan.load(file, here)
         assert message in str(caught.value)

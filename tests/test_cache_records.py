@@ -11,6 +11,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isokern.cache.candidate import CandidateRecord, config_label
 from isokern.cache.codec import SCHEMA, InvalidRecordError, canonical, seal, unseal
 from isokern.cache.compare import ABSENT, differences
@@ -37,13 +38,9 @@ MEASURED = {
     "created": "2025-11-02T10:00:00+00:00",
     "isokern": "0.1.0",
 }
-FAST = CandidateRecord(
-    "triton", {"warps": 4}, "ok", None, None, 10.5, (10.5, 10.25, 11.0), "f1", ("repeatable",)
-)
+FAST = CandidateRecord("triton", {"warps": 4}, "ok", None, None, 10.5, (10.5, 10.25, 11.0), "f1", ("repeatable",))
 SLOW = CandidateRecord("torch", {}, "ok", None, None, 42.0, (42.0,), "f2")
-WRONG = CandidateRecord(
-    "cupy", {"tile": 32}, "rejected", "wrong", "state of slot 3 off by 0.5", fingerprint="f3"
-)
+WRONG = CandidateRecord("cupy", {"tile": 32}, "rejected", "wrong", "state of slot 3 off by 0.5", fingerprint="f3")
 
 
 def entry(**changes: object) -> Entry:
@@ -135,9 +132,7 @@ class TestEnvironment:
             current_environment("cuda:2")
 
     def test_cpuinfo_of_both_architectures(self):
-        x86 = (
-            "processor : 0\nmodel name : AMD EPYC\nflags : fpu avx2 avx512f sse2 amx_bf16\n\nprocessor : 1\n"
-        )
+        x86 = "processor : 0\nmodel name : AMD EPYC\nflags : fpu avx2 avx512f sse2 amx_bf16\n\nprocessor : 1\n"
         assert parse_cpuinfo(x86) == ("AMD EPYC", ("amx_bf16", "avx2", "avx512f"))
         assert parse_cpuinfo("processor : 0\nFeatures : fp asimd sve crc32\n") == ("", ("asimd", "sve"))
         assert parse_cpuinfo("") == ("", ())

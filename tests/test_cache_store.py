@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+
 from isokern.cache.audit import check_layer
 from isokern.cache.candidate import CandidateRecord
 from isokern.cache.entry import Entry
@@ -23,7 +24,7 @@ from isokern.cache.environment import Environment
 from isokern.cache.found import Hit, Miss
 from isokern.cache.layer import Layer
 from isokern.cache.prune import Criteria, find_removals, remove
-from isokern.cache.silicon import CpuSilicon
+from isokern.cache.silicon import CpuSilicon, CudaSilicon
 from isokern.cache.store import CacheWarning, Store
 from isokern.errors import StoreError
 
@@ -318,7 +319,8 @@ class TestEntriesAndNearest:
 
     def test_nearest_is_fewest_fields_then_closest_numbers(self, store):
         assert store.nearest("some_op", KEY) is None
-        for key in ({"K": 64, "N": 16}, {"K": 128, "N": 1024}, {"K": 128, "N": 16}):
+        one_field_off = [{"K": 128, "N": n} for n in (1024, 2048, 4096, 512, 64, 16)]
+        for key in ({"K": 64, "N": 16}, *one_field_off):
             store.put(make_entry(key={**key, "policy": "eager"}), HERE)
         found = store.nearest("some_op", KEY)
         assert found.located.entry.key["N"] == 16
@@ -349,7 +351,8 @@ class TestPrune:
 
     def test_other_environments_go_whole_but_not_another_thread_count_nor_an_absent_device(self, store):
         threads = dataclasses.replace(HERE, threads=1)
-        for environment in (HERE, threads, ELSEWHERE):
+        on_a_gpu = Environment("cuda", CudaSilicon("9.0", 132, 79), 0, "13.0", (), "3.11")
+        for environment in (HERE, threads, on_a_gpu, ELSEWHERE):
             store.put(make_entry(environment=environment), environment)
         layer = store.layers[0]
         assert self.removed(layer, keep_environments=()) == set()
@@ -358,7 +361,7 @@ class TestPrune:
             layer.manifest_path(ELSEWHERE.hash),
             layer.entry_path(ELSEWHERE.hash, "some_op", make_entry().key_hash),
         }
-        assert set(layer.environments()) == {HERE.hash, threads.hash}
+        assert set(layer.environments()) == {HERE.hash, threads.hash, on_a_gpu.hash}
 
     def test_stale_goes_by_the_chosen_backend_alone(self, store):
         kept = store.put(make_entry(key={"K": 1}, torch="old"), HERE)
@@ -395,7 +398,7 @@ CHILD = """
     import json, os, pathlib, resource, sys, warnings
     from isokern.cache import CandidateRecord, Entry, Layer, Store
     from isokern.cache.environment import Environment
-    from isokern.cache.silicon import CpuSilicon
+    from isokern.cache.silicon import CpuSilicon, CudaSilicon
 
     here = Environment("cpu", CpuSilicon("x86_64", 8, ()), 8, "", (), "3.11")
     measured = dict(policy="eager", method="", launches=1, seconds=1, created="2025-11-02", isokern="0")

@@ -46,7 +46,9 @@ def test_the_wheel_holds_data_files_and_the_typing_marker(tmp_path):
     import zipfile
 
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*build, "--wheel-dir", str(tmp_path), str(ROOT)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert "isokern/py.typed" in names

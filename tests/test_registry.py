@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 
 import pytest
+
+from isokern.cache.found import Miss
 from isokern.errors import (
     BackendDeclinedError,
     BackendFailedError,
@@ -14,7 +16,7 @@ from isokern.errors import (
     RegistrationError,
     UnknownNameError,
 )
-from isokern.registry import Accepted, Backend, Config, OpSpec, Registry, Rejected, RejectCode, Rule
+from isokern.registry import Accepted, Backend, Config, OpSpec, Registry, RejectCode, Rejected, Rule
 from isokern.registry.overrides import environment_overrides, use
 
 
@@ -88,7 +90,7 @@ class Fast(Slow):
 
 class NoStore:
     def get(self, *args):
-        return None
+        return Miss("no entry")
 
     def refresh(self):
         pass
@@ -133,7 +135,7 @@ class TestChoice:
     def test_the_order_of_registration_does_not_matter(self, registry):
         other = Registry(builtin_ops={}, load_plugins=False)
         other.register_op(toy_spec())
-            other.use_store(NoStore())
+        other.use_store(NoStore())
         for backend in (Fast(), Slow()):
             other.register_backend(backend)
         assert other.dispatcher("toy").decide(Size(1)) == registry.dispatcher("toy").decide(Size(1))

@@ -6,9 +6,10 @@ import ast
 import math
 from pathlib import Path
 
-import isokern.autotune.screen
 import numpy as np
 import pytest
+
+import isokern.autotune.screen
 from isokern.autotune.policy import MeasurePolicy, PromotionPolicy, RacePolicy, ScreenPolicy
 from isokern.autotune.samples import (
     BlockTable,

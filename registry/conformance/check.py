@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from ..decision import Rejected
+from ..decision import RejectCode, Rejected
 
 if TYPE_CHECKING:
     from .subject import Subject
@@ -73,11 +73,17 @@ class Finding:
 
 
 class Violation(AssertionError):
-    """A check's assertion does not hold for the backend. ``ratio`` as in :class:`Finding`."""
+    """A check's assertion does not hold for the backend.
 
-    def __init__(self, message: str, ratio: float | None = None) -> None:
+    Attributes:
+        ratio: as in :class:`Finding`.
+        code: what the tuner's gate calls it.
+    """
+
+    def __init__(self, message: str, ratio: float | None = None, code: RejectCode = RejectCode.WRONG) -> None:
         super().__init__(message)
         self.ratio = ratio
+        self.code = code
 
 
 class Declined(Exception):

@@ -28,11 +28,13 @@ class ExceptionEntry:
         check: id of the check.
         limit: compare within this many error bounds instead of bit for bit; None for a declared decline.
         reason: why; shown in reports.
+        varies: whether it is needed depends on the machine (vector width, matrix library), so it may go unused.
     """
 
     check: str
     limit: float | None
     reason: str
+    varies: bool = False
 
     @property
     def declares_decline(self) -> bool:
@@ -50,6 +52,11 @@ class Exceptions:
         """Limit in bounds for the relations of ``check``; None: bit for bit."""
         entry = self.entries.get(check)
         return None if entry is None else entry.limit
+
+    def must_be_needed(self, check: str) -> bool:
+        """Whether the file relaxes ``check`` in a way that some result has to need."""
+        entry = self.entries.get(check)
+        return entry is not None and not entry.declares_decline and not entry.varies
 
     def declines(self, check: str) -> bool:
         """Whether the file says that the backend declines every case of ``check``."""
@@ -100,7 +107,7 @@ def load_exceptions(op: str, backend: Backend) -> Exceptions:
 
 
 def _entry(where: str, table: Mapping[str, Any]) -> ExceptionEntry:
-    unknown = set(table) - {"check", "relation", "limit", "reason"}
+    unknown = set(table) - {"check", "relation", "limit", "reason", "varies"}
     if unknown:
         raise RegistrationError(f"{where}: unknown key {', '.join(sorted(unknown))}")
     check, reason = table.get("check"), table.get("reason")
@@ -108,11 +115,14 @@ def _entry(where: str, table: Mapping[str, Any]) -> ExceptionEntry:
         raise RegistrationError(f"{where}: check: expected a check's id, given {check!r}")
     if not isinstance(reason, str) or len(reason.split()) < 3:
         raise RegistrationError(f"{where} ({check}): reason: expected a sentence, given {reason!r}")
+    varies = table.get("varies", False)
+    if not isinstance(varies, bool):
+        raise RegistrationError(f"{where} ({check}): varies: expected true or false, given {varies!r}")
     relation, limit = table.get("relation"), table.get("limit")
-    if relation == "declined" and limit is None:
+    if relation == "declined" and limit is None and not varies:
         return ExceptionEntry(check, None, reason)
     if relation != "bound":
         raise RegistrationError(f"{where} ({check}): relation: expected 'bound' or 'declined', given {relation!r}")
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= MAX_LIMIT:
         raise RegistrationError(f"{where} ({check}): limit: expected 0 < limit <= {MAX_LIMIT}, given {limit!r}")
-    return ExceptionEntry(check, float(limit), reason)
+    return ExceptionEntry(check, float(limit), reason, varies)

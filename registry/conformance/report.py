@@ -78,13 +78,22 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """At least one pass, and nothing that speaks against the backend."""
+        """At least one pass (a run that ran nothing is no success), and nothing that speaks against the backend."""
         return not self.failures and any(f.status is Status.PASS for f in self.findings)
 
     @property
     def failures(self) -> tuple[Finding, ...]:
         """Findings with status ``fail`` or ``error``."""
         return tuple(f for f in self.findings if f.status in (Status.FAIL, Status.ERROR))
+
+    @property
+    def undeclared(self) -> tuple[str, ...]:
+        """Checks of which the backend declines every case, without saying so in its exceptions.
+
+        A specialised backend may; for a general one it means that a check examined nothing.
+        """
+        found = self.summaries().values()
+        return tuple(s.check for s in found if s.status is Status.DECLINED and s.check not in self.excused)
 
     @property
     def failed_checks(self) -> tuple[str, ...]:
@@ -103,7 +112,9 @@ class Report:
         return {check: Summary.of(check, group) for check, group in groups.items()}
 
     def describe_failures(self, most: int = 20) -> str:
-        """A line per failure, for assertion messages and logs."""
+        """A line per failure, for assertion messages and logs; says so where nothing ran at all."""
+        if not self.failures and not self.ok:
+            return "nothing ran: every case is declined or skipped"
         lines = [f"{f.check} [{f.case}] {f.status}: {f.message}" for f in self.failures[:most]]
         left = len(self.failures) - len(lines)
         return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
@@ -112,6 +123,7 @@ class Report:
         """Plain JSON types; infinite and undefined ratios become strings (``"inf"``, ``"nan"``)."""
         data = asdict(self)
         data["ok"] = self.ok
+        data["undeclared"] = list(self.undeclared)
         for finding in data["findings"]:
             ratio = finding["ratio"]
             if ratio is not None and not math.isfinite(ratio):

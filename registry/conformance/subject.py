@@ -152,7 +152,11 @@ class Subject:
         """Chunk length of the error bound: the config's for ``accuracy = "chunked"`` backends, else None."""
         if getattr(self.backend, "accuracy", "recurrent") != "chunked":
             return None
-        return int(self.config_for(call.problem())["chunk"])
+        config = self.config_for(call.problem())
+        try:
+            return int(config["chunk"])
+        except KeyError:
+            raise PredicateFault(f"accuracy 'chunked' needs a chunk, config [{config.label}] has none") from None
 
     def run(self, call: CanonicalCall, poison: float = math.nan) -> torch.Tensor:
         """Fill ``call.out`` with ``poison``, run the backend on ``call``, wait for it, return the output.

@@ -13,6 +13,16 @@ from .memory import share_memory
 
 __all__ = ["check_values"]
 
+#: Fields of a Call whose argument has another name.
+_PUBLIC_NAMES = {
+    "pool": "initial_state_source",
+    "read_slots": "initial_state_indices",
+    "write_slots": "output_state_indices",
+    "intermediates": "intermediate_states_buffer",
+    "intermediate_rows": "intermediate_state_indices",
+    "parents": "retrieve_parent_token",
+}
+
 
 def check_values(call: Call) -> None:
     """Check the values of offsets, slots, rows and parents. Synchronises with the device.
@@ -92,16 +102,15 @@ def _check_parents(parents: torch.Tensor, lengths: list[int]) -> None:
 def _check_sharing(call: Call) -> None:
     """Nothing a call writes may share memory with another of its tensors."""
     tensors = call.tensors()
-    written = {"out": "out", "intermediates": "intermediate_states_buffer", "pool": "initial_state_source"}
-    if call.update in ("none", "disabled"):
-        del written["pool"]
-    for name, argument in written.items():
+    written = ["out", "intermediates"] if call.update in ("none", "disabled") else ["out", "intermediates", "pool"]
+    for name in written:
         target = tensors.pop(name, None)
-        for other, tensor in tensors.items() if target is not None else ():
+        if target is None:
+            continue
+        for other, tensor in tensors.items():
             if share_memory(target, tensor):
-                raise ArgumentValueError(
-                    argument, "memory of its own", f"memory shared with {written.get(other, other)}"
-                )
+                given = f"memory shared with {_PUBLIC_NAMES.get(other, other)}"
+                raise ArgumentValueError(_PUBLIC_NAMES.get(name, name), "memory of its own", given)
 
 
 def _as_ints(tensor: torch.Tensor | None) -> tuple[int, ...]:

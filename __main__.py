@@ -1,0 +1,5 @@
+"""``python -m isokern``."""
+
+from .cli import main
+
+main()

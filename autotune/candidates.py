@@ -1,0 +1,119 @@
+"""Admission: which (backend, config) pairs may be tried on a problem, and why the others may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..cache.candidate import CandidateRecord
+from ..errors import IsokernError
+from ..registry.backend import Config
+from ..registry.core import Registry
+from ..registry.decision import RejectCode, Rejected
+from ..registry.selection import verdicts
+from .recipe import Origin, origin_of
+
+__all__ = ["PREDICATE_CODES", "Admission", "Candidate", "admit"]
+
+#: Codes that a predicate gives; the others come from the gate and from timing.
+PREDICATE_CODES = frozenset(
+    {
+        RejectCode.NOT_INSTALLED,
+        RejectCode.DEVICE,
+        RejectCode.ARCH,
+        RejectCode.DTYPE,
+        RejectCode.SHAPE,
+        RejectCode.LAYOUT,
+        RejectCode.FEATURE,
+        RejectCode.GRAD,
+        RejectCode.MODE,
+        RejectCode.POLICY,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One backend with one config; ``fingerprint`` is the backend's, ``origin`` where a worker finds it."""
+
+    backend: str
+    config: Config
+    fingerprint: str
+    origin: Origin | None = None
+
+    @property
+    def name(self) -> str:
+        """``"backend[config]"``, unique among a problem's candidates."""
+        return f"{self.backend}[{self.config.label}]"
+
+    def to_request(self) -> dict[str, Any]:
+        """As a worker's ``bind`` expects it."""
+        return {
+            "name": self.name,
+            "backend": self.backend,
+            "config": self.config.to_dict(),
+            "origin": self.origin.to_dict() if self.origin else None,
+        }
+
+    def rejected(self, verdict: Rejected) -> CandidateRecord:
+        """The record of its rejection, without samples."""
+        return CandidateRecord(
+            self.backend,
+            dict(self.config.to_dict()),
+            "rejected",
+            verdict.code.value,
+            verdict.reason,
+            fingerprint=self.fingerprint,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Attributes:
+    candidates: of the accepting backends, in heuristic order, each backend's configs in its own order.
+    declined: a record per backend whose predicate says no, or that offers no config.
+    """
+
+    candidates: tuple[Candidate, ...]
+    declined: tuple[CandidateRecord, ...]
+
+    @property
+    def default(self) -> str | None:
+        """The heuristic choice: what runs where nothing is tuned."""
+        return self.candidates[0].name if self.candidates else None
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of every registered backend, declined ones included."""
+        return {c.backend: c.fingerprint for c in (*self.declined, *self.candidates)}
+
+
+def admit(registry: Registry, op: str, problem: Any) -> Admission:
+    """Ask every registered backend of ``op``.
+
+    Raises:
+        PredicateError: a predicate has a bug; dispatch would raise it as well, for every call.
+    """
+    backends = registry.backends(op)
+    candidates: list[Candidate] = []
+    declined: list[CandidateRecord] = []
+    for outcome in verdicts(backends, problem):
+        backend = backends[outcome.backend]
+        fingerprint = registry.fingerprint(op, backend.name)
+        verdict: Any = outcome.verdict
+        configs: Sequence[Config] = ()
+        if not isinstance(verdict, Rejected):
+            try:
+                configs = tuple(dict.fromkeys(backend.configs(problem)))  # one listed twice is one candidate
+                verdict = Rejected(RejectCode.COMPILE, "configs() is empty")
+            except IsokernError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a third party's code; it becomes the reason of its rejection
+                verdict = Rejected(RejectCode.COMPILE, f"configs() raised {type(error).__name__}: {error}")
+        if configs:
+            origin = origin_of(backend)
+            candidates += [Candidate(backend.name, config, fingerprint, origin) for config in configs]
+        else:
+            declined.append(Candidate(backend.name, Config(), fingerprint).rejected(verdict))
+    return Admission(tuple(candidates), tuple(declined))

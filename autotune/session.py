@@ -1,0 +1,235 @@
+"""What a worker holds and does: problems, bound candidates, and the requests upon them. Runs in the worker only."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from ..errors import IsokernError
+from ..registry.backend import Backend, Config, Runner
+from ..registry.core import Registry
+from ..registry.decision import RejectCode
+from ..registry.spec import OpSpec
+from .measure import Bandwidth, Bench, MeasurePolicy
+from .recipe import Origin, ProblemRecipe, find_backend
+
+__all__ = ["CandidateError", "Session"]
+
+#: Seconds that calls of a slow candidate may take before it counts as slow.
+_PATIENCE_S = 0.3
+
+
+class CandidateError(IsokernError, RuntimeError):
+    """A failure of a candidate whose code the session knows. Attribute: ``reject_code``."""
+
+    def __init__(self, code: RejectCode, reason: str) -> None:
+        self.reject_code = code
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    backend: Backend
+    config: Config
+    runner: Runner
+
+
+class Session:
+    """One worker's state.
+
+    Args:
+        device: ``cpu`` or a CUDA device. threads: torch's intra-op threads.
+        registry: where candidates are found; a fresh one if None.
+    """
+
+    def __init__(self, device: str, threads: int, registry: Registry | None = None) -> None:
+        self.device = device
+        if device == "cpu":
+            torch.set_num_threads(threads)
+            _limit_memory()
+        if registry is None:
+            from .. import registry as package
+
+            registry = package.default  # the one that a third party's decorator registers with
+        self.registry = registry
+        self._recipe: ProblemRecipe | None = None
+        self._problem: Any = None
+        self._bound: dict[str, _Bound] = {}
+        self._bench: Bench | None = None
+        self._inputs: Any = None
+        self._bandwidth = Bandwidth()
+
+    def canary(self) -> int:
+        """A small known computation: tells a usable device from one that a dead process left broken."""
+        x = torch.arange(64, dtype=torch.float32, device=self.device)
+        return int((torch.ones(64, 64, device=self.device) @ x).sum().item())
+
+    def perform(self, name: str, arguments: Mapping[str, Any], at: Callable[[str], None]) -> dict[str, Any]:
+        """Do one request; ``at`` announces the candidate about to run, where a request names several."""
+        match name:
+            case "load":
+                return self.load(ProblemRecipe.from_dict(arguments["problem"]))
+            case "bind":
+                return self.bind(arguments)
+            case "first_call":
+                return self.first_call(arguments["name"], arguments["calls"], arguments["enough_s"])
+            case "gate":
+                return self.gate(arguments["name"], arguments["seeds"], arguments["max_token_heads"])
+            case "bench":
+                return self.make_bench(MeasurePolicy(**arguments["policy"]))
+            case "time_block":
+                return self.bench().block(arguments["names"], self._runners(), at)
+            case "floor":
+                return self.bench().floor()
+            case "unload":
+                self._forget()
+                return {}
+            case "prove":
+                from .prove import demonstrate
+
+                return demonstrate(self.registry, arguments)
+        raise ValueError(f"request: {name!r} is none that a worker knows")
+
+    # ---- problems
+
+    def _forget(self) -> None:
+        self._recipe = self._problem = self._bench = self._inputs = None
+        self._bound.clear()
+
+    @property
+    def recipe(self) -> ProblemRecipe:
+        if self._recipe is None:
+            raise ValueError("no problem is loaded")
+        return self._recipe
+
+    @property
+    def spec(self) -> OpSpec:
+        return self.registry.spec(self.recipe.op)
+
+    def load(self, recipe: ProblemRecipe) -> dict[str, Any]:
+        """Make the problem's inputs once, for all candidates; returns the problem's key, for comparison."""
+        self._forget()
+        self._recipe = recipe
+        self._inputs = self.spec.make_inputs(recipe.case, recipe.seed, self.device)
+        self._problem = self.spec.problem(self._call(self._inputs), recipe.mode)
+        return {"key": self._problem.key()}
+
+    def _call(self, inputs: Any) -> Any:
+        return self.spec.canonical(**inputs.kwargs)
+
+    # ---- candidates
+
+    def bind(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        """Import, if need be, and bind one candidate; returns its backend's fingerprint as this process sees it."""
+        where = candidate["origin"]
+        origin = None if where is None else Origin(**where)
+        op, name = self.recipe.op, candidate["backend"]
+        config = Config.from_dict(candidate["config"])
+        try:
+            backend = find_backend(self.registry, op, name, origin)
+            runner = backend.bind(self._problem, config)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise CandidateError(RejectCode.COMPILE, f"{type(error).__name__}: {error}") from error
+        self._bound[candidate["name"]] = _Bound(backend, config, runner)
+        return {"fingerprint": backend.fingerprint()}
+
+    def first_call(self, name: str, calls: int, enough_s: float | None) -> dict[str, Any]:
+        """Seconds of first calls, on a copy of the inputs: ``calls`` of them, none after one under ``enough_s``.
+
+        Short ones go on a little: on a busy machine two calls in a row may both be held up.
+        """
+        runner = self._bound[name].runner
+        call = self._call(self._inputs.clone())
+        seconds: list[float] = []
+        while enough_s is None or not seconds or min(seconds) > enough_s:
+            seconds.append(Bench.once(self.spec, call, runner))
+            if len(seconds) >= calls and (enough_s is None or sum(seconds) > _PATIENCE_S):
+                break
+        return {"seconds": seconds}
+
+    def gate(self, name: str, seeds: list[int], max_token_heads: int) -> dict[str, Any]:
+        """Judge one bound candidate; see ``registry.conformance.gate``."""
+        from ..registry.conformance.gate import gate
+
+        bound = self._bound[name]
+        with _PeakMemory() as peak:
+            result = gate(
+                self.recipe.op,
+                bound.backend,
+                bound.config,
+                self.recipe.case,
+                seeds=tuple(seeds),
+                adversarial=self.recipe.twin,
+                max_token_heads=max_token_heads,
+                device=self.device,
+            )
+        return {
+            "code": None if result.code is None else result.code.value,
+            "reason": result.reason,
+            "repeatable": bool(result.repeatable),
+            "peak_bytes": peak.bytes,
+        }
+
+    # ---- timing
+
+    def make_bench(self, policy: MeasurePolicy) -> dict[str, Any]:
+        """Prepare rotated calls for timing the loaded problem, in place of the inputs made so far."""
+        self._inputs = None
+        self._bench = Bench(self.spec, self.recipe, self.device, policy, self._bandwidth)
+        return self._bench.facts()
+
+    def bench(self) -> Bench:
+        if self._bench is None:
+            raise ValueError("no bench is prepared")
+        return self._bench
+
+    def _runners(self) -> dict[str, Runner]:
+        return {name: bound.runner for name, bound in self._bound.items()}
+
+
+def _limit_memory() -> None:
+    """Make a greedy candidate fail with MemoryError, instead of the machine's memory running out."""
+    try:
+        here = psutil.Process().memory_info().vms
+        limit = here + psutil.virtual_memory().available
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        if hard == resource.RLIM_INFINITY or limit < hard:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (OSError, ValueError):
+        return  # a platform without this limit
+
+
+class _PeakMemory:
+    """Peak resident bytes within a block, beyond those at its start; None where the kernel does not tell."""
+
+    bytes: int | None = None
+
+    def __enter__(self) -> _PeakMemory:
+        self._start: int | None = None
+        try:
+            with open("/proc/self/clear_refs", "w") as control:
+                control.write("5")  # resets the high-water mark
+            self._start = _high_water_mark()
+        except OSError:
+            pass
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._start is not None:
+            self.bytes = max(0, _high_water_mark() - self._start)
+
+
+def _high_water_mark() -> int:
+    with open(f"/proc/{os.getpid()}/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("no VmHWM in /proc")

@@ -1,0 +1,344 @@
+"""Warm-up: plan, then tune, every problem a server of one model will meet.
+
+    plan = plan_warmup("qwen3-next-80b-a3b", tp=4)
+    report = run_warmup(plan)
+
+A second run finds everything in the store and starts no worker. An interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from .. import registry as registry_package
+from ..cache.entry import Entry
+from ..cache.environment import Environment
+from ..cache.silicon import CudaSilicon
+from ..cache.store import Store
+from ..errors import ArgumentValueError, IsokernError
+from ..registry.core import Registry
+from ..registry.ops.fused_sigmoid_gating.catalogue import Model, model
+from ..registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concrete
+from ..registry.ops.fused_sigmoid_gating.describe import describe
+from ..registry.ops.fused_sigmoid_gating.workload_case import Case, Policy, Tier
+from ..registry.ops.fused_sigmoid_gating.workloads import of_tier, serving_cases
+from .candidates import admit
+from .cost import CostModel
+from .device_lock import device_lock
+from .progress import Progress
+from .prove import Proof, prove
+from .recipe import ProblemRecipe
+from .tuner import NothingProvenError, Settings, Task, Workers, default_settings, known, tune_problem
+
+__all__ = ["Interrupted", "PlannedProblem", "ProblemReport", "WarmupPlan", "WarmupReport", "plan_warmup", "run_warmup"]
+
+OP = "fused_sigmoid_gating"
+HOOKS = "isokern.registry.ops.fused_sigmoid_gating.timing"
+
+
+class Interrupted(IsokernError):
+    """SIGINT or SIGTERM ended a warm-up. What was done is kept; the next run goes on. Attribute: ``signal``."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"interrupted by {self.signal.name}; run again to go on from here")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedProblem:
+    """One problem of a plan.
+
+    Attributes:
+        task: what to tune. cases: names of the workload cases it stands for, its representative first.
+        candidates: how many (backend, config) pairs are admitted; declined: how many backends are not.
+        entry: the store's entry, if it needs no tuning. estimate_s: seconds it will take; 0 if known.
+    """
+
+    task: Task
+    cases: tuple[str, ...]
+    candidates: int
+    declined: int
+    entry: Entry | None
+    estimate_s: float
+
+    @property
+    def known(self) -> bool:
+        return self.entry is not None
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupPlan:
+    """What a warm-up will do.
+
+    Attributes:
+        model, tp: whose layers. device: where. threads: torch's intra-op threads (part of the environment).
+        problems: in the order of the workload. environment: what the results will hold for.
+        registry, store: where candidates come from and results go. settings: how to tune.
+        estimate: where the time estimate comes from, in words.
+    """
+
+    model: str
+    tp: int
+    device: str
+    threads: int
+    problems: tuple[PlannedProblem, ...]
+    environment: Environment
+    registry: Registry
+    store: Store
+    settings: Settings
+    estimate: str
+
+    @property
+    def estimate_s(self) -> float:
+        """Seconds for all problems that are not known."""
+        return sum(p.estimate_s for p in self.problems)
+
+    @property
+    def store_path(self) -> Path | None:
+        """Directory that the entries are written to; None if no layer is writable."""
+        layer = self.store.writable_layer
+        return None if layer is None else layer.schema_root / self.environment.hash
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemReport:
+    """One problem's result.
+
+    Attributes:
+        planned: the plan's line. entry: the result; None if there is none. seconds: wall time, 0 if it was known.
+        error: why there is no result; "" otherwise. proof: what a fresh process dispatched; None if not asked.
+    """
+
+    planned: PlannedProblem
+    entry: Entry | None
+    seconds: float
+    error: str = ""
+    proof: Proof | None = None
+
+    @property
+    def was_known(self) -> bool:
+        return self.planned.known
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Candidates by rejection code."""
+        if self.entry is None:
+            return Counter()
+        return Counter(c.code for c in self.entry.candidates if c.code is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupReport:
+    """What a warm-up did.
+
+    Attributes:
+        plan: what was asked. problems: a report for each that was reached, in order.
+        skipped: problems the budget did not reach. seconds: wall time in all. workers: processes started.
+    """
+
+    plan: WarmupPlan
+    problems: tuple[ProblemReport, ...]
+    skipped: tuple[PlannedProblem, ...]
+    seconds: float
+    workers: int
+
+    @property
+    def ok(self) -> bool:
+        """Every problem reached has a winner, and a fresh process dispatches it."""
+        return all(p.entry is not None and (p.proof is None or p.proof.ok) for p in self.problems)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """A line per problem without a result or with a failed proof."""
+        lines = []
+        for p in self.problems:
+            if p.error:
+                lines.append(f"{p.planned.cases[0]}: {p.error}")
+            elif p.proof is not None and not p.proof.ok:
+                lines.append(f"{p.planned.cases[0]}: a fresh process {p.proof.error}")
+        return tuple(lines)
+
+
+def plan_warmup(
+    model_name: str | Model,
+    tp: int = 1,
+    cases: Sequence[Case] | None = None,
+    device: str = "cpu",
+    *,
+    tier: Tier = Tier.CORE,
+    store: Store | None = None,
+    registry: Registry | None = None,
+    settings: Settings | None = None,
+    seed: int = 0,
+) -> WarmupPlan:
+    """List the problems, and what is already known of each. Runs no candidate and writes nothing.
+
+    Args:
+        cases: the workload; None takes the model's serving cases of ``tier``. device: ``cpu``, ``cuda`` or ``auto``
+            (a GPU if there is one). store: None takes the registry's.
+
+    Raises:
+        UnknownNameError: no such model. CatalogueError: it does not split ``tp`` ways.
+        ArgumentValueError: another device. PredicateError: a backend's predicate has a bug.
+    """
+    registry = registry or registry_package.default
+    store = store or registry.store
+    device = _device(device)
+    found = model(model_name) if isinstance(model_name, str) else model_name
+    shard = found.shard(tp)
+    environment = registry.environment(device)
+    settings = settings or default_settings(device)
+    chosen = serving_cases(found, tier) if cases is None else of_tier(cases, tier)
+    tasks: dict[tuple[object, ...], list[Task]] = {}
+    for case in chosen:
+        spec = concrete(shard, case, seed)
+        mode: Literal["eager", "graph"] = "graph" if case.policy is Policy.GRAPH else "eager"
+        recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode)
+        task = Task(recipe, describe(spec, device, _arch(environment), mode))
+        tasks.setdefault(tuple(sorted(task.key.items(), key=lambda item: item[0])), []).append(task)
+    listed = []
+    for shared in tasks.values():
+        # One tuning serves all problems of a key; the largest stands for them, as that is where time is lost.
+        shared.sort(key=lambda t: -t.recipe.case.tokens)
+        admission = admit(registry, OP, shared[0].problem)
+        hit = known(registry, store, environment, shared[0], admission)
+        listed.append((shared, admission, hit))
+    model_of_cost = CostModel.calibrated([(s[0], hit.entry) for s, _, hit in listed if hit], settings)
+    problems = tuple(
+        PlannedProblem(
+            shared[0],
+            tuple(t.recipe.case.name for t in shared),
+            len(admission.candidates),
+            len(admission.declined),
+            hit.entry if hit else None,
+            0.0 if hit else model_of_cost.seconds(shared[0], len(admission.candidates), settings),
+        )
+        for shared, admission, hit in listed
+    )
+    threads = environment.threads or 1
+    return WarmupPlan(
+        found.name, tp, device, threads, problems, environment, registry, store, settings, model_of_cost.source
+    )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ArgumentValueError("device", "'cpu', 'cuda' or 'auto'", repr(name))
+    return name
+
+
+def _arch(environment: Environment) -> int:
+    silicon = environment.silicon
+    return int(silicon.capability.replace(".", "")) if isinstance(silicon, CudaSilicon) else 0
+
+
+def run_warmup(
+    plan: WarmupPlan,
+    progress: Progress | None = None,
+    *,
+    budget_s: float | None = None,
+    check: bool = True,
+) -> WarmupReport:
+    """Tune what is not known, publish each result as soon as there is one, and prove them in a fresh process.
+
+    Args:
+        budget_s: start no further problem after so many seconds. check: False leaves the proof out.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM (in the main thread), after the workers are gone.
+        WorkerError: worker processes cannot be had at all.
+    """
+    progress = progress or Progress()
+    began = time.monotonic()
+    reports: list[ProblemReport] = []
+    skipped: list[PlannedProblem] = []
+    todo = sum(not p.known for p in plan.problems)
+    workers = Workers(plan.device, plan.threads, plan.settings.limits)
+    try:
+        with _interruptible(), workers:
+            done = 0
+            for planned in plan.problems:
+                if planned.entry is not None:
+                    reports.append(ProblemReport(planned, planned.entry, 0.0))
+                elif budget_s is not None and time.monotonic() - began >= budget_s:
+                    skipped.append(planned)
+                else:
+                    progress.begin(planned.cases[0], done, todo)
+                    with device_lock(plan.device, progress.note):
+                        reports.append(_tune(plan, planned, workers, progress))
+                    done += 1
+            if check:
+                workers.close()
+                reports = _proven(plan, reports)
+    finally:
+        # Even a signal that comes while workers are being closed must not leave one behind.
+        workers.close()
+    spawned = workers.spawned + (1 if any(r.proof for r in reports) else 0)
+    return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
+
+
+def _tune(plan: WarmupPlan, planned: PlannedProblem, workers: Workers, progress: Progress) -> ProblemReport:
+    began = time.monotonic()
+    entry, error = None, ""
+    try:
+        entry = tune_problem(
+            planned.task,
+            registry=plan.registry,
+            store=plan.store,
+            environment=plan.environment,
+            workers=workers,
+            settings=plan.settings,
+            progress=progress,
+        )
+    except NothingProvenError as nothing:
+        error = str(nothing)
+    seconds = time.monotonic() - began
+    progress.end(planned.cases[0], entry.label if entry else error.partition("\n")[0], seconds)
+    return ProblemReport(planned, entry, seconds, error)
+
+
+def _proven(plan: WarmupPlan, reports: Iterable[ProblemReport]) -> list[ProblemReport]:
+    """Proofs for what this run published; entries found in the store were proven when they were made."""
+    reports = list(reports)
+    fresh = [(r.planned.task.recipe, r.entry) for r in reports if r.entry is not None and not r.was_known]
+    if not fresh:
+        return reports
+    plan.registry.refresh()  # this process, too, shall dispatch what it tuned
+    proofs = iter(prove(plan.store, plan.registry, fresh, device=plan.device, threads=plan.threads))
+    return [
+        ProblemReport(r.planned, r.entry, r.seconds, r.error, next(proofs))
+        if r.entry is not None and not r.was_known
+        else r
+        for r in reports
+    ]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted here; the handlers there were are put back. Main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,100 @@
+"""What this machine and installation can do, as data; ``isokern doctor`` prints it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+from .core import Registry
+from .overrides import environment_overrides
+from .plugins import BrokenBackend, missing_modules
+
+__all__ = ["Item", "examine"]
+
+_PACKAGES = ("torch", "numpy", "numba", "triton", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One finding: ``bad`` means something the user asked for does not work; ``absent`` is merely not there."""
+
+    topic: str
+    name: str
+    state: Literal["ok", "absent", "bad"]
+    text: str
+
+
+def examine(registry: Registry) -> list[Item]:
+    """Look at packages, devices, backends, overrides and the store. Initialises no CUDA context."""
+    return [*_packages(), *_devices(), *_backends(registry), *_overrides(registry), *_store(registry)]
+
+
+def _packages() -> list[Item]:
+    items = [Item("package", "python", "ok", platform.python_version())]
+    for name in _PACKAGES:
+        try:
+            items.append(Item("package", name, "ok", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            items.append(Item("package", name, "absent", "not installed"))
+    return items
+
+
+def _devices() -> list[Item]:
+    import torch
+
+    items = [Item("device", "cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    count = torch.cuda.device_count()  # asks the driver, creates no context
+    if count:
+        items.append(Item("device", "cuda", "ok", f"{count} devices"))
+    else:
+        items.append(Item("device", "cuda", "absent", "no device, or torch was built without CUDA"))
+    return items
+
+
+def _backends(registry: Registry) -> list[Item]:
+    items = []
+    for op in registry.names():
+        for name, backend in registry.backends(op).items():
+            topic = f"backend of {op}"
+            missing = missing_modules(backend)
+            if isinstance(backend, BrokenBackend):
+                items.append(Item(topic, name, "bad", f"plugin failed to load: {backend.error}"))
+            elif missing:
+                items.append(Item(topic, name, "absent", f"needs {', '.join(missing)}"))
+            else:
+                tags = ", ".join(sorted(backend.tags))
+                items.append(Item(topic, name, "ok", f"{backend.provenance}; {tags}"))
+    return items
+
+
+def _overrides(registry: Registry) -> list[Item]:
+    items = []
+    for op, name in environment_overrides().items():
+        variable = f"ISOKERN_BACKEND_{op.upper()}"
+        if op not in registry.names():
+            items.append(Item("override", variable, "bad", f"no op {op!r} is registered"))
+        elif name not in registry.backends(op):
+            items.append(Item("override", variable, "bad", f"op {op!r} has no backend {name!r}"))
+        else:
+            items.append(Item("override", variable, "ok", f"{op} always runs on {name}"))
+    return items
+
+
+def _store(registry: Registry) -> list[Item]:
+    items = []
+    for layer in registry.store.layers:
+        there = layer.root.exists()
+        if not layer.writable:
+            text = f"{layer.root}{'' if there else ' (none)'}, read only"
+            items.append(Item("store", layer.name, "ok" if there else "absent", text))
+            continue
+        probe = layer.root
+        while not probe.exists() and probe != probe.parent:
+            probe = probe.parent
+        able = os.access(probe, os.W_OK) and probe.is_dir()
+        text = str(layer.root) if able else f"{layer.root} cannot be written: choices last as long as the process"
+        items.append(Item("store", layer.name, "ok" if able else "bad", text))
+    return items

@@ -1,0 +1,134 @@
+"""Fill the generated tables of README and docs: `<!-- table: NAME -->` ... `<!-- end -->`.
+
+python tools/tables.py [--check]        (--check writes nothing and fails if a table is out of date)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DECLINED = "no"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def latest(what: str) -> dict:
+    """The newest result file of a kind."""
+    return json.loads(sorted(RESULTS.glob(f"*_{what}.json"))[-1].read_text())
+
+
+def source(meta: dict) -> str:
+    """Where a table's numbers come from, in one line."""
+    versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items() if k in ("torch", "numba", "transformers"))
+    where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads"
+    return f"\nMeasured {meta['date']} on {where}; {versions}; `{meta['command']}`.\n"
+
+
+def support() -> str:
+    """Backend x feature, from the predicates."""
+    from isokern import registry
+    from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+    from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+    from isokern.registry.plugins import checked
+
+    base = CaseSpec("base", (3, 9))
+    features = {
+        "packed lengths (`cu_seqlens`)": base,
+        "equal lengths": base.but(varlen=False, lengths=(4, 4)),
+        "KDA gates, lower bound": base.but(is_kda=True, lower_bound=-5.0),
+        "negative eigenvalues": base.but(neg_eigval=True),
+        "float16, float32 inputs": base.but(io_dtype="float16"),
+        "bfloat16, float16 pools": base.but(state_dtype="bfloat16"),
+        "`vk` state layout": base.but(state_layout="vk"),
+        "separate read and write slots": base.but(update="separate"),
+        "state update disabled": base.but(update="disabled"),
+        "verification, chain": base.but(verify="chain"),
+        "verification, token tree": base.but(verify="tree"),
+        "strided inputs and pools": base.but(strides="any"),
+        "HV/H of 3, K = 96, V = 192": base.but(h=2, hv=6, k=96, v=192),
+        "int64 offsets and slots": base.but(index_dtype="int64", cu_dtype="int64"),
+    }
+    backends = registry.backends("fused_sigmoid_gating")
+    names = sorted(backends, key=lambda n: -backends[n].priority)
+    rows = []
+    for feature, spec in features.items():
+        verdicts = [checked(backends[n], describe(spec, "cpu")) for n in names]
+        rows.append([feature, *("yes" if v else DECLINED for v in verdicts)])
+    rows.append(["autograd", *("yes" if "differentiable" in backends[n].tags else DECLINED for n in names)])
+    return markdown(["", *(f"`{n}`" for n in names)], rows)
+
+
+def cpu() -> str:
+    """Case x implementation, microseconds, from the newest CPU result."""
+    result = latest("cpu")
+    rows = [r for r in result["rows"] if r["floor_us"] is not None]
+    names = list(dict.fromkeys(r["implementation"] for r in rows))
+    names.sort(key=lambda n: (n != "isokern", n.startswith("transformers"), n))
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    cell = {(r["case"], r["implementation"]): r for r in rows}
+    short = {n: n.replace("transformers torch_", "transformers ").replace("_gated_delta_rule", "") for n in names}
+    lines = []
+    for case in cases:
+        line = [case, f"{cell[case, 'isokern']['floor_us'] / 1e3:.2f}"]
+        for n in names:
+            r = cell.get((case, n))
+            text = "" if r is None else f"{r['eager_us'] / 1e3:.2f}"
+            line.append(f"{text} ({r['backend']})" if r is not None and n == "isokern" else text)
+        lines.append(line)
+    header = ["ms per call, H, HV as named, K = V = 128", "floor", *(short[n] for n in names)]
+    return markdown(header, lines) + source(result["meta"])
+
+
+def varlen() -> str:
+    """Packed against padded, from the newest CPU result."""
+    result = latest("cpu")
+    rows = [r for r in result["rows"] if r["case"].endswith((" packed", " padded"))]
+    lines = [
+        [
+            r["case"].removeprefix("packed "),
+            r["backend"],
+            str(r["extra"]["tokens"]),
+            f"{r['eager_us'] / 1e3:.2f}",
+            f"{r['extra']['token_bytes'] / 2**20:.1f}",
+        ]
+        for r in rows
+    ]
+    header = ["batch (H = 16, HV = 32, K = V = 128)", "backend", "tokens", "ms per call", "MiB of token tensors"]
+    return markdown(header, lines) + source(result["meta"])
+
+
+TABLES: dict[str, Callable[[], str]] = {"support": support, "cpu": cpu, "varlen": varlen}
+
+
+def documents() -> list[Path]:
+    """Every document that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """``text`` with every table made anew."""
+    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def main() -> int:
+    stale = [d for d in documents() if filled(d.read_text()) != d.read_text()]
+    for document in stale:
+        print(f"{'out of date' if '--check' in sys.argv else 'updated'}: {document.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            document.write_text(filled(document.read_text()))
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

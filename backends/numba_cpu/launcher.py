@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +88,7 @@ class Launcher:
             0.0 if call.lower_bound is None else call.lower_bound,
             2.0 if call.allow_neg_eigval else 1.0,
         )
-        self.kernel(np.frombuffer(array("q", block), np.int64), np.frombuffer(array("d", reals), np.float64))
+        self.kernel(np.array(block, np.int64), np.array(reals, np.float64))
         return out
 
     def _divide(self, block: list[int], tokens: int, pairs: int, key_dim: int, dim: int) -> None:

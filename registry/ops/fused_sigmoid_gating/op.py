@@ -149,7 +149,8 @@ class FusedSigmoidGating:
                 output_state_indices is None or output_state_indices is initial_state_indices,
                 _meta_or_none(out),
                 overrides.active(self.name),
-                _grad(A_log, a, dt_bias, q, k, v, b, initial_state_source),
+                _grad(A_log, a, dt_bias, q, k, v, b),
+                _grad(initial_state_source, out, intermediate_states_buffer),
                 q.is_cuda and torch.cuda.is_current_stream_capturing(),
             )
             bound = self._dispatcher.bound.get(key) if validate == "fast" else None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import IsokernError
+from .errors import ArgumentValueError, IsokernError, UnknownNameError
 
 __all__ = ["app", "main"]
 
@@ -41,10 +41,17 @@ def console() -> Console:
 
 def import_backends(targets: list[str] | None) -> None:
     """Import modules, or files ending in .py, that register backends."""
-    from .autotune.recipe import import_origin
+    from importlib import import_module
+
+    from .autotune.recipe import Origin, import_origin
 
     for target in targets or ():
-        import_origin(target)
+        if not target.endswith(".py"):
+            import_module(target)
+        elif Path(target).is_file():
+            import_origin(Origin(Path(target).stem, str(Path(target).resolve())))
+        else:
+            raise UnknownNameError("file", target, ())
 
 
 @app.command()
@@ -88,23 +95,21 @@ def explain(
     decision = registry.default.dispatcher(OP).decide(problem, backend)
     out = console()
     for part in explanation(decision, registry.default, problem):
-        out.print(part)
+        out.print(part, markup=False, highlight=False)
 
 
 def _problem(model: str, tp: int, case: str, device: str) -> object:
     from . import registry
     from .registry.ops.fused_sigmoid_gating.catalogue import model as lookup
-    from .registry.ops.fused_sigmoid_gating.concrete import concrete_case
+    from .registry.ops.fused_sigmoid_gating.concrete import concrete
     from .registry.ops.fused_sigmoid_gating.describe import describe
     from .registry.ops.fused_sigmoid_gating.workload_case import parse_case
 
     registry.spec(OP)
-    return describe(concrete_case(lookup(model).shard(tp), parse_case(case)), _device(device))
+    return describe(concrete(lookup(model).shard(tp), parse_case(case)), _device(device))
 
 
 def _device(name: str) -> str:
-    from .errors import ArgumentValueError
-
     if name not in ("cpu", "cuda", "auto"):
         raise ArgumentValueError("--device", "cpu, cuda or auto", name)
     import torch

@@ -86,7 +86,8 @@ class Admission:
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """Of every registered backend, declined ones included."""
-        return {c.backend: c.fingerprint for c in (*self.declined, *self.candidates)}
+        declined = {c.backend: c.fingerprint for c in self.declined}
+        return declined | {c.backend: c.fingerprint for c in self.candidates}
 
 
 def admit(registry: Registry, op: str, problem: Any) -> Admission:

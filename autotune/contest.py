@@ -243,7 +243,7 @@ class Contest:
         return {"failed": {name: [v.code.value, v.reason] for name, v in self.failed.items()}}
 
     def _counted(self, block: Mapping[str, Any]) -> int:
-        return self.launches + sum(block["launches"].values())
+        return self.launches + sum(int(n) for n in block["launches"].values())
 
     def _recall(self, event: Mapping[str, Any]) -> None:
         self.failed = {name: Rejected(RejectCode(code), reason) for name, (code, reason) in event["failed"].items()}

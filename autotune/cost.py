@@ -51,9 +51,10 @@ class CostModel:
 
     def seconds(self, task: Task, candidates: int, settings: Settings) -> float:
         """Wall seconds to tune ``task`` with so many candidates."""
-        profile, problem = task.problem.profile, task.problem
-        longest = profile.longest or profile.tokens
-        state = profile.n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
+        problem = task.problem
+        profile = problem.profile
+        longest: int = profile.longest or profile.tokens
+        state: int = profile.n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
         stored = state * (longest + 1) if problem.intermediates != "none" else 0
         each = _PER_CANDIDATE + _PER_TOKEN * longest + _PER_STATE_BYTE * (state + stored)
         race = 0.5 * settings.policy.race.wall_cap_s

@@ -1,13 +1,14 @@
 """The gate's side of the tuner: every candidate is proven, in a process of its own, before anything is timed.
 
 The worker that examines is never the one that times: a candidate that scribbled over memory, printed, or left a
-broken device behind has not been anywhere near a measurement.
+broken device behind has not been anywhere near a measurement. The few calls made here tell only whom to spare the
+gate, which costs many times a call: one that is hopelessly slow cannot win, right or wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..registry.decision import RejectCode, Rejected
@@ -19,7 +20,7 @@ from .resume import Resume, Verdict
 from .samples import format_seconds
 from .worker import CandidateFailure, Worker, WorkerError
 
-__all__ = ["MAX_CRASHES", "Examiner", "GatePolicy"]
+__all__ = ["MAX_CRASHES", "Examiner", "GatePolicy", "bind_candidate", "load_problem"]
 
 #: Deaths of the worker after which a candidate is out. One may be the machine's fault.
 MAX_CRASHES = 2
@@ -30,16 +31,21 @@ _TAINTING = frozenset({RejectCode.CRASH, RejectCode.TIMEOUT, RejectCode.CANARY, 
 
 @dataclass(frozen=True, slots=True)
 class GatePolicy:
-    """How hard a candidate is looked at.
+    """How hard a candidate is looked at, and whom that is spared.
 
     Attributes:
         seeds: how many value seeds, besides the adversarial layout.
         max_token_heads: tokens times value heads that the float64 reference computes per run; beyond it a subset
-            of the heads stands for all, since heads are independent. The reference takes some 10 us each.
+            of the heads stands for all, since heads are independent.
+        calls: first calls made before the gate. Their minimum counts: the first is cold, others are interrupted.
+        hopeless_ratio: not gated if that minimum exceeds this times the best proven one. Twice is beyond what the
+            screen forgives a median, so the gate is spared only to those the screen would drop.
     """
 
     seeds: int = 2
     max_token_heads: int = 4096
+    calls: int = 5
+    hopeless_ratio: float = 2.0
 
 
 class Examiner:
@@ -70,86 +76,106 @@ class Examiner:
         self.progress = progress
         self.protected = frozenset(protected)
         self._loaded_in: int | None = None
-        self._best: float | None = None
+        self._bound: set[str] = set()
 
     def examine(self, candidates: Sequence[Candidate]) -> dict[str, Verdict]:
-        """A verdict on each, protected ones first; remembered one by one, so that none is made twice.
+        """A verdict on each, remembered one by one, so that none is made twice.
 
         Raises:
             WorkerError: no worker can be had, or the problem cannot be built.
         """
         self.progress.stage("gate", len(candidates))
         verdicts: dict[str, Verdict] = {}
+        called: dict[str, float] = {}
         for candidate in sorted(candidates, key=lambda c: c.name not in self.protected):
-            verdict = self.resume.verdict(candidate)
+            known = self.resume.verdict(candidate) or self._called(candidate, called)
+            if known is not None:
+                verdicts[candidate.name] = self._settled(candidate, known)
+        # The fastest first: what is proven early spares the gate to more of the others.
+        waiting = [c for c in candidates if c.name in called]
+        for candidate in sorted(waiting, key=lambda c: (c.name not in self.protected, called[c.name])):
+            proven = sorted(v.first_s for v in verdicts.values() if v.proven and v.first_s is not None)
+            verdict = self._spared(candidate, called[candidate.name], proven)
             if verdict is None:
-                verdict = self._verdict(candidate)
-                self.resume.remember(candidate, verdict)
-            verdicts[candidate.name] = verdict
-            if verdict.proven and verdict.first_s is not None:
-                self._best = min(verdict.first_s, self._best or verdict.first_s)
-            outcome = "proven" if verdict.rejected is None else verdict.rejected.code.value
-            self.progress.advance(f"{candidate.name}: {outcome}")
-        if self._loaded_in is not None and self.worker.pid == self._loaded_in and self.worker.alive:
+                verdict = self._survived(candidate, lambda c: self._gated(c, called[c.name]))
+            verdicts[candidate.name] = self._settled(candidate, verdict)
+        if self._loaded_in is not None and self.worker.alive and self.worker.pid == self._loaded_in:
             self.worker.request("unload", self.worker.limits.load)
         return verdicts
 
-    def _verdict(self, candidate: Candidate) -> Verdict:
-        failure: CandidateFailure | None = None
-        for _ in range(MAX_CRASHES):
-            self._load()
-            try:
-                verdict = self._attempt(candidate)
-            except CandidateFailure as raised:
-                failure = raised
-                if raised.verdict.code in _TAINTING or self.recipe.device != "cpu":  # a GPU's errors are sticky
-                    self.worker.kill()
-                if raised.verdict.code is not RejectCode.CRASH:
-                    return Verdict(raised.verdict)
-                self.progress.note(f"{candidate.name}: {raised.verdict.reason}")
-                continue
-            if verdict.rejected is not None and verdict.rejected.code in _TAINTING:
-                self.worker.kill()
+    def _settled(self, candidate: Candidate, verdict: Verdict) -> Verdict:
+        if self.resume.verdict(candidate) is None:
+            self.resume.remember(candidate, verdict)
+        outcome = "proven" if verdict.rejected is None else verdict.rejected.code.value
+        self.progress.advance(f"{candidate.name}: {outcome}")
+        return verdict
+
+    def _called(self, candidate: Candidate, called: dict[str, float]) -> Verdict | None:
+        """Make the first calls, and note their minimum in ``called``; a verdict if that fails."""
+
+        def first_calls(candidate: Candidate) -> Verdict:
+            seconds = self._request("first_call", candidate, calls=self.gate.calls)["seconds"]
+            return Verdict(None, first_s=min(seconds))
+
+        verdict = self._survived(candidate, first_calls)
+        if verdict.rejected is not None or verdict.first_s is None:
             return verdict
-        assert failure is not None
-        return Verdict(Rejected(RejectCode.CRASH, f"{MAX_CRASHES} times, so quarantined: {failure.verdict.reason}"))
+        called[candidate.name] = verdict.first_s
+        return None
 
-    def _load(self) -> None:
-        if self.worker.alive and self.worker.pid == self._loaded_in:
-            return
-        load_problem(self.worker, self.recipe, self.key)
-        self._loaded_in = self.worker.pid
+    def _spared(self, candidate: Candidate, first_s: float, proven: Sequence[float]) -> Verdict | None:
+        """The verdict that makes the gate needless, given the first calls of those proven so far, fastest first."""
+        if candidate.name in self.protected or not proven:
+            return None
+        text = f"not gated: first calls take {format_seconds(first_s)}"
+        if first_s > self.gate.hopeless_ratio * proven[0]:
+            text += f", {first_s / proven[0]:.1f}x the best that is proven ({format_seconds(proven[0])})"
+        elif sum(s <= first_s for s in proven) > self.screen.keep:
+            text += f", and {self.screen.keep} faster ones are proven already"
+        else:
+            return None
+        return Verdict(Rejected(RejectCode.SLOW, text), first_s=first_s)
 
-    def _attempt(self, candidate: Candidate) -> Verdict:
-        limits = self.worker.limits
-        bind_candidate(self.worker, candidate)
-        hopeless_s = None if self._best is None else self.screen.abandon_ratio * self._best
-        called = self.worker.request(
-            "first_call",
-            limits.call,
-            name=candidate.name,
-            calls=self.screen.abandon_calls,
-            enough_s=hopeless_s,
-        )
-        first_s = min(called["seconds"])
-        if candidate.name not in self.protected and hopeless_s is not None and first_s > hopeless_s:
-            assert self._best is not None
-            reason = (
-                f"not gated: {len(called['seconds'])} calls, none under {format_seconds(first_s)}, "
-                f"{first_s / self._best:.1f}x the best that is proven ({format_seconds(self._best)})"
-            )
-            return Verdict(Rejected(RejectCode.SLOW, reason), first_s=first_s)
-        found = self.worker.request(
-            "gate",
-            limits.gate,
-            name=candidate.name,
-            seeds=[self.recipe.seed + i for i in range(self.gate.seeds)],
-            max_token_heads=self.gate.max_token_heads,
-        )
+    def _gated(self, candidate: Candidate, first_s: float) -> Verdict:
+        seeds = [self.recipe.seed + i for i in range(self.gate.seeds)]
+        found = self._request("gate", candidate, seeds=seeds, max_token_heads=self.gate.max_token_heads)
         if found["code"] is not None:
             return Verdict(Rejected(RejectCode(found["code"]), found["reason"]), peak_bytes=found["peak_bytes"])
         tags = ("conformant", "repeatable") if found["repeatable"] else ("conformant",)
         return Verdict(None, tags, first_s, found["peak_bytes"])
+
+    def _survived(self, candidate: Candidate, attempt: Callable[[Candidate], Verdict]) -> Verdict:
+        """``attempt``, made again after a first crash; what fails otherwise is a verdict at once."""
+        verdict: Verdict | None = None
+        for _ in range(MAX_CRASHES):
+            try:
+                verdict = attempt(candidate)
+            except CandidateFailure as failure:
+                verdict = Verdict(failure.verdict)
+            code = None if verdict.rejected is None else verdict.rejected.code
+            # A GPU's errors are sticky: whatever is asked next fails as well.
+            if code in _TAINTING or (code is RejectCode.RAISED and self.recipe.device != "cpu"):
+                self.worker.kill()
+            if verdict.rejected is None or code is not RejectCode.CRASH:
+                return verdict
+            self.progress.note(f"{candidate.name}: {verdict.rejected.reason}")
+        assert verdict is not None
+        assert verdict.rejected is not None
+        reason = f"{MAX_CRASHES} times, so quarantined: {verdict.rejected.reason}"
+        return replace(verdict, rejected=Rejected(RejectCode.CRASH, reason))
+
+    def _request(self, do: str, candidate: Candidate, **arguments: Any) -> dict[str, Any]:
+        """``do`` in a worker that has the problem loaded and the candidate bound."""
+        limits = self.worker.limits
+        if not (self.worker.alive and self.worker.pid == self._loaded_in):
+            load_problem(self.worker, self.recipe, self.key)
+            self._loaded_in = self.worker.pid
+            self._bound.clear()
+        if candidate.name not in self._bound:
+            bind_candidate(self.worker, candidate)
+            self._bound.add(candidate.name)
+        limit = limits.gate if do == "gate" else limits.call
+        return self.worker.request(do, limit, name=candidate.name, **arguments)
 
 
 def load_problem(worker: Worker, recipe: ProblemRecipe, key: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ..errors import RegistrationError
-from ..registry.backend import Backend, Config, Scalar
+from ..registry.backend import Backend
 from ..registry.core import Registry
 
-__all__ = ["Origin", "ProblemRecipe", "find_backend", "origin_of"]
+__all__ = ["Origin", "ProblemRecipe", "find_backend", "import_origin", "origin_of"]
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 
@@ -113,7 +113,7 @@ def find_backend(registry: Registry, op: str, name: str, origin: Origin | None) 
         RegistrationError: it cannot be found. Whatever the import raises passes through.
     """
     if name not in registry.backends(op) and origin is not None:
-        module = _import(origin)
+        module = import_origin(origin)
         if name not in registry.backends(op) and origin.attribute:
             kind: Any = module
             for part in origin.attribute.split("."):
@@ -127,8 +127,12 @@ def find_backend(registry: Registry, op: str, name: str, origin: Origin | None) 
     return found
 
 
-def _import(origin: Origin) -> ModuleType:
-    """Import by name where that finds this very file, else by path (a script, a test file)."""
+def import_origin(origin: Origin) -> ModuleType:
+    """Import by name where that finds this very file, else by path (a script, a test file).
+
+    Raises:
+        RegistrationError: the file is not a Python module. Whatever the import raises passes through.
+    """
     if origin.module != "__main__":
         try:
             spec = importlib.util.find_spec(origin.module)
@@ -150,8 +154,3 @@ def _import(origin: Origin) -> ModuleType:
             del sys.modules[alias]  # half a module must not pass for a whole one on the next try
             raise
     return sys.modules[alias]
-
-
-def config_of(values: Mapping[str, Scalar]) -> Config:
-    """A config from its JSON form."""
-    return Config.from_dict(dict(values))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from .. import registry as registry_package
 from ..cache.entry import Entry
@@ -198,13 +198,13 @@ def plan_warmup(
     environment = registry.environment(device)
     settings = settings or default_settings(device)
     chosen = serving_cases(found, tier) if cases is None else of_tier(cases, tier)
-    tasks: dict[tuple[object, ...], list[Task]] = {}
+    tasks: dict[frozenset[tuple[str, Any]], list[Task]] = {}
     for case in chosen:
         spec = concrete(shard, case, seed)
         mode: Literal["eager", "graph"] = "graph" if case.policy is Policy.GRAPH else "eager"
         recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode)
         task = Task(recipe, describe(spec, device, _arch(environment), mode))
-        tasks.setdefault(tuple(sorted(task.key.items(), key=lambda item: item[0])), []).append(task)
+        tasks.setdefault(frozenset(task.key.items()), []).append(task)
     listed = []
     for shared in tasks.values():
         # One tuning serves all problems of a key; the largest stands for them, as that is where time is lost.

@@ -92,8 +92,8 @@ class Registry:
         """All backends of op ``name`` by backend name, built-in, from plugins and registered by hand."""
         if name not in self._loaded:
             self.spec(name)
-            self._loaded.add(name)
             self._load_backends(name)
+            self._loaded.add(name)  # last: after an import that failed, the next call tries again
         return MappingProxyType(self._backends.setdefault(name, {}))
 
     def register_backend(self, backend: Backend, replace: bool = False) -> Backend:
@@ -126,8 +126,8 @@ class Registry:
         from ..backends import BUILTIN_BACKENDS
 
         if name in self._targets:  # an op of isokern's own
-            for target in BUILTIN_BACKENDS.get(name, ()):
-                self._add(load_attribute(target)())
+            for backend in [load_attribute(target)() for target in BUILTIN_BACKENDS.get(name, ())]:
+                self._add(backend)
         if self._load_plugins:
             self._load_plugins = False
             for backend in plugins(self.names()):

@@ -87,12 +87,12 @@ def decide(
     earlier = suggestions()
     notes: list[str] = list(earlier.notes)
     for s in earlier.found:
-        verdict = by_name.get(s.backend)
-        if isinstance(verdict, Accepted):
+        earned = by_name.get(s.backend)
+        if isinstance(earned, Accepted):
             return _decision(
-                op, key, outcomes, backends[s.backend], s.config, s.rule, s.detail, tuple(notes), problem, verdict
+                op, key, outcomes, backends[s.backend], s.config, s.rule, s.detail, tuple(notes), problem, earned
             )
-        why = verdict.reason if isinstance(verdict, Rejected) else "it is not registered"
+        why = earned.reason if isinstance(earned, Rejected) else "it is not registered"
         notes.append(f"{s.rule.value} choice {s.backend!r} ({s.detail}) does not apply: {why}")
     for outcome in outcomes:
         if isinstance(outcome.verdict, Accepted):

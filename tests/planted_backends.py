@@ -49,6 +49,11 @@ class Sluggish(Planted):
         return run_reference(call)
 
 
+class SluggishRival(Sluggish):
+    name = "sluggish_rival"
+    priority = 5
+
+
 class WrongHead(Planted):
     """Wrong in one head of several, and by less than the field's usual tolerance."""
 

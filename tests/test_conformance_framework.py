@@ -73,7 +73,7 @@ class Toy(Backend):
         return self._run
 
 
-@check("T1", "doubles")
+@check("T1", "doubles", relaxable=True)
 def doubles(subject):
     for size in (3, 4):
 
@@ -86,7 +86,7 @@ def doubles(subject):
         yield f"size {size}", examine
 
 
-@check("T2", "equal or close", promise="repeatable")
+@check("T2", "equal or close", relaxable=True, promise="repeatable")
 def relation(subject):
     def examine():
         limit = subject.relax("T2")
@@ -330,6 +330,11 @@ def test_a_tag_s_promise_cannot_be_excused():
     report = run(Toy(tags=frozenset({"repeatable"})), only=["T2"], exceptions=excused("T2", 2.0))
     assert not report.ok
     assert "promises" in report.failures[0].message
+
+
+def test_a_check_of_values_or_memory_cannot_be_relaxed():
+    report = run(Toy(), only=["T3"], tier="full", exceptions=excused("T3", 2.0))
+    assert "cannot be relaxed" in report.failures[0].message
 
 
 def test_a_declared_decline_stands_but_must_be_needed():

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+
+from isokern import registry
 from isokern.errors import ArgumentError
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.error_inputs import ERROR_INPUTS, ErrorInput
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
 from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
@@ -74,15 +77,40 @@ def test_refused(case: ErrorInput):
     assert _bits(watched) == before
 
 
-def test_no_sequence_and_no_token_are_valid():
-    from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+@pytest.mark.parametrize("case", ERROR_INPUTS, ids=lambda case: case.name)
+def test_refused_by_the_op_after_a_valid_call(case: ErrorInput):
+    """What an earlier call taught the op must not let a bad one through."""
+    op = registry.get("fused_sigmoid_gating")
+    inputs = make_inputs(case.base)
+    if case.base.hv % case.base.h == 0:
+        op(**inputs.clone().kwargs, backend="torch_reference")
+    kwargs = case.apply(inputs.kwargs)
+    watched = {**_tensors(inputs.kwargs), **{f"changed {n}": t for n, t in _tensors(kwargs).items()}}
+    before = _bits(watched)
 
+    with pytest.raises(ArgumentError) as caught:
+        op(**kwargs, backend="torch_reference", validate="full" if case.needs_full else "fast")
+
+    assert type(caught.value) is case.error
+    assert caught.value.argument == case.argument
+    assert _bits(watched) == before
+
+
+def test_an_output_that_requires_grad_is_refused_after_one_that_did_not():
+    op = registry.get("fused_sigmoid_gating")
+    kwargs = make_inputs(CaseSpec("out", (3,), k=8, v=6)).kwargs
+    out = torch.zeros_like(kwargs["v"])
+    op(**kwargs, out=out)
+    with pytest.raises(ArgumentError) as caught:
+        op(**kwargs, out=out.clone().requires_grad_())
+    assert caught.value.argument == "out"
+
+
+def test_no_sequence_and_no_token_are_valid():
     for lengths, varlen in (((), True), ((0, 0), True), ((), False), ((0, 0), False)):
         _call(make_inputs(CaseSpec("empty", lengths, k=8, v=6, varlen=varlen)).kwargs)
 
 
 def test_a_pool_without_slots_serves_sequences_without_state():
-    from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
-
     kwargs = make_inputs(CaseSpec("padded", (2, 1), k=8, v=6, padded=(0, 1))).kwargs
     _call(kwargs | {"initial_state_source": kwargs["initial_state_source"][:0]})

@@ -326,6 +326,7 @@ def test_the_default_config_follows_length_and_width():
         return BACKEND.configs(call_of(make_inputs(BASE.but(padded=(), **changes))).problem())[0]["v_tile"]
 
     assert default(v=128, lengths=(1, 1)) == 128
+    assert default(v=128, lengths=(8, 4)) == 128
     assert default(v=128, lengths=(64,)) == 32
     assert default(v=16, lengths=(1, 1)) == 16
 

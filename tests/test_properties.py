@@ -99,7 +99,7 @@ def test_within_the_bound_and_nothing_else_written(name: str):
     ran: list[CaseSpec] = []
 
     @given(cases())
-    @settings(SETTINGS, max_examples=60)
+    @settings(SETTINGS, max_examples=100)
     def examine(spec: CaseSpec) -> None:
         subject = _subject(name)
         trial = Trial.of(spec)

@@ -23,6 +23,15 @@ from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 SMALL = CaseSpec("small", (4, 0, 3, 1), h=2, hv=4, k=5, v=3, io_dtype="float32", gate_dtype="float32")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The tensors are small: handing them to threads costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _call(spec: CaseSpec, seed: int | None = None) -> Call:
     return canonical_call(**make_inputs(spec, seed).kwargs)
 

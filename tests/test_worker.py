@@ -38,7 +38,7 @@ def candidate(attribute: str, name: str) -> dict:
 
 def run(worker: Worker, attribute: str, name: str) -> dict:
     worker.request("bind", LIMITS.bind, **candidate(attribute, name))
-    return worker.request("first_call", LIMITS.call, name=name, calls=2, enough_s=None)
+    return worker.request("first_call", LIMITS.call, name=name, calls=2)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_hang_is_killed_with_everything_it_started(loaded):
     loaded.request("bind", LIMITS.bind, **candidate("HangsWithChild", "hangs_with_child"))
     pid = loaded.pid
     with pytest.raises(CandidateFailure) as caught:
-        loaded.request("first_call", 1.0, name="hangs_with_child", calls=2, enough_s=None)
+        loaded.request("first_call", 1.0, name="hangs_with_child", calls=2)
     assert caught.value.verdict.code is RejectCode.TIMEOUT
     assert not psutil.pid_exists(pid)
     assert not [p for p in psutil.process_iter(["cmdline"]) if "planted-child" in (p.info["cmdline"] or [])]
@@ -201,4 +201,3 @@ def test_a_worker_does_not_outlive_its_tuner():
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
     assert done.returncode == -9
-

@@ -15,6 +15,8 @@ __all__ = ["NumbaCpu"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _TILES = (16, 32, 64, 128)
+#: Tokens per sequence up to which moving the state costs more than computing on it.
+_STREAMING = 8
 
 
 class NumbaCpu(Backend):
@@ -42,8 +44,9 @@ class NumbaCpu(Backend):
         return Accepted()
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        # One token: the tile streams through once, so wide tiles read whole rows. Many: it should stay in L1.
-        best = 128 if problem.profile.longest == 1 else 32
+        # A few tokens: states stream through, and wide tiles read whole rows. Many: the tile should stay in L1.
+        longest = problem.profile.longest
+        best = 128 if longest is not None and longest <= _STREAMING else 32
         useful = [width for width in _TILES if width < 2 * problem.v or width == _TILES[0]]
         best = min(best, useful[-1])
         return tuple(Config.of(v_tile=w) for w in sorted(useful, key=lambda w: (w != best, w)))

@@ -69,9 +69,7 @@ def _run_block(
     heads = block.heads
     step = ChunkStep(call, heads)
     rows = BlockRows(sequences, block)
-    states = torch.empty(
-        block.n * heads.count, call.key_dim, call.value_dim, dtype=step.compute, device=call.q.device
-    )
+    states = torch.empty(block.n * heads.count, call.key_dim, call.value_dim, dtype=step.compute, device=call.q.device)
     by_head = states.view(block.n, heads.keys, heads.group, call.key_dim, call.value_dim)
     pool = None if call.pool is None else head_states(call.pool, heads, call)
     load_states(pool, read, block, by_head)
@@ -110,13 +108,13 @@ class ChunkStep:
         writes = terms.writes.transpose(1, 2)
         if not torch.is_grad_enabled():
             U = solve_unit_lower(A, v.sub_(read[:, :, 0]).mul_(beta))
-            o = read[:, :, 1].baddbmm_(terms.scores[:, :, 1], U).mul_(call.scale)
+            o = torch.bmm(terms.scores[:, :, 1], U).add_(read[:, :, 1]).mul_(call.scale)
             S.mul_(terms.total).baddbmm_(writes, U)
         else:
             U = torch.linalg.solve_triangular(A, beta * (v - read[:, :, 0]), upper=False, unitriangular=True)
             o = torch.baddbmm(read[:, :, 1], terms.scores[:, :, 1], U) * call.scale
             S = torch.baddbmm(S * terms.total, writes, U)
-        return o.unflatten(0, (n, heads.count)).transpose(1, 2)[:, : window.width], S
+        return torch.unflatten(o, 0, (n, heads.count)).transpose(1, 2)[:, : window.width], S
 
     def _heads_first(self, x: torch.Tensor, C: int) -> torch.Tensor:
         """``[n, width, heads, ...]`` to a new ``[n * heads, C, ...]`` in the compute dtype, zero beyond width."""
@@ -131,6 +129,16 @@ class ChunkStep:
 
     def _keys_and_queries(self, window: Window, C: int) -> torch.Tensor:
         """``[n * keys, C, 2, K]``: k (index 0) and q (1), normalised where the call says so, q not yet scaled."""
-        pair = [window.take(x[:, :, self.heads.key_heads]) for x in (self.call.k, self.call.q)]
-        kq = self._heads_first(torch.stack(pair, -2), C)
-        return normalise(kq) if self.call.use_qk_l2norm else kq
+        call, n, width = self.call, window.n, window.width
+        k, q = (window.take(x[:, :, self.heads.key_heads]) for x in (call.k, call.q))
+        if torch.is_grad_enabled():
+            kq = self._heads_first(torch.stack([k, q], -2), C)
+            return normalise(kq) if call.use_qk_l2norm else kq
+        kq = torch.empty(n, self.heads.keys, C, 2, call.key_dim, dtype=self.compute, device=k.device)
+        for i, x in enumerate((k, q)):
+            kq[:, :, :width, i].copy_(x.transpose(1, 2))
+        kq[:, :, width:].zero_()
+        if call.use_qk_l2norm:
+            # As gates.normalise, one pass fewer.
+            kq.div_(torch.linalg.vecdot(kq, kq).add_(1e-6).sqrt_().unsqueeze(-1))
+        return kq.flatten(0, 1)

@@ -44,7 +44,7 @@ class Window:
         """The window of ``tokens [B, T, ...]`` as ``[n, width, ...]``: a view, or gathered. Dtype unchanged."""
         if self._rows is None:
             return self._block.view(tokens, self.n)[:, self.t : self.t + self.width]
-        return tokens[0].index_select(0, self._rows.flatten()).unflatten(0, (self.n, self.width))
+        return torch.unflatten(tokens[0].index_select(0, self._rows.flatten()), 0, (self.n, self.width))
 
     def write(self, values: torch.Tensor, out: torch.Tensor) -> None:
         """Store ``values [n, width, heads, V]`` (any strides, compute dtype) in ``out [B, T, heads, V]``."""
@@ -56,9 +56,7 @@ class Window:
             rows, flat = self._redirect(rows, flat, out[0])
         out[0].index_copy_(0, rows, flat.to(out.dtype))
 
-    def _redirect(
-        self, rows: torch.Tensor, flat: torch.Tensor, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _redirect(self, rows: torch.Tensor, flat: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Make every write harmless: beyond its end a sequence writes its last value to its last row once more."""
         assert self.valid is not None
         sequences = torch.arange(self.n, device=rows.device)[:, None]
@@ -104,11 +102,9 @@ class BlockRows:
             return tokens[self.block.first : self.block.first + n]
         length = self.sequences.lengths[self.block.first]
         start = self.sequences.starts[self.block.first]
-        return tokens[0, start : start + n * length].unflatten(0, (n, length))
+        return torch.unflatten(tokens[0, start : start + n * length], 0, (n, length))
 
     def window(self, t: int, width: int) -> Window:
         """Steps ``[t, t + width)``, cut at the end of the block's longest sequence, of those alive at ``t``."""
         width = min(width, self.sequences.longest(self.block) - t)
         return Window(self, self.sequences.live(self.block, t), t, width)
-
-

@@ -47,7 +47,7 @@ def head_states(states: torch.Tensor, heads: Heads, call: Call) -> torch.Tensor:
     """A view ``[..., keys, group, K, V]`` of the block's heads in a pool or buffer ``[..., HV, K, V]`` (or V, K)."""
     chosen = states.narrow(-3, heads.first, heads.count)
     oriented = chosen if call.state_layout == "kv" else chosen.transpose(-1, -2)
-    return oriented.unflatten(-3, (heads.keys, heads.group))
+    return torch.unflatten(oriented, -3, (heads.keys, heads.group))
 
 
 def load_states(pool: torch.Tensor | None, slots: Slots | None, block: Block, into: torch.Tensor) -> None:

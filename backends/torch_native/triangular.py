@@ -7,16 +7,16 @@ import torch
 __all__ = ["solve_unit_lower", "unit_lower_inverse"]
 
 #: Up to this order blocks are inverted; between blocks there is substitution.
-_INVERTED = 16
+_INVERTED = 32
 
 
 def solve_unit_lower(A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """``U [X, C, V]`` from ``A [X, C, C]``, of which only the part below the diagonal is read, and ``R``.
 
     Block forward substitution: ``U_i = T_i (R_i - sum_{j<i} A_ij U_j)`` with ``T_i`` the inverse of a diagonal
-    block of order 16. The entries of ``T_i`` are ``-beta_t k_t^T (I - beta k k^T) ... k_s`` over the tokens between,
-    at most 2 in size wherever the recurrence itself is stable, so multiplying by it loses nothing. ``R`` is
-    overwritten with ``U``. C must be a power of two. Not differentiable.
+    block of order at most 32. The entries of ``T_i`` are ``-beta_t k_t^T (I - beta k k^T) ... k_s`` over the tokens
+    between, at most 2 in size wherever the recurrence itself is stable, so multiplying by it loses nothing.
+    ``R`` may be overwritten. C must be a power of two. Not differentiable.
     """
     C = A.shape[1]
     b = min(_INVERTED, C)
@@ -41,7 +41,7 @@ def unit_lower_inverse(A: torch.Tensor, order: int) -> torch.Tensor:
     h = 1
     while h < order:
         m = C // (2 * h)
-        pairs = A.view(X, m, 2 * h, m, 2 * h) if A.is_contiguous() else A.unflatten(1, (m, 2 * h)).unflatten(3, (m, 2 * h))
+        pairs = A.view(X, m, 2 * h, m, 2 * h)
         below = pairs.diagonal(0, 1, 3)[:, h:, :h].permute(0, 3, 1, 2).reshape(X * m, h, h)
         grown = A.new_zeros(X * m, 2 * h, 2 * h)
         grown[:, :h, :h] = T[0::2]

@@ -64,9 +64,7 @@ class _Indices:
 class _BlockRun:
     """One block from its starting states to its final ones."""
 
-    def __init__(
-        self, call: Call, sequences: Sequences, block: Block, indices: _Indices, compute: torch.dtype
-    ) -> None:
+    def __init__(self, call: Call, sequences: Sequences, block: Block, indices: _Indices, compute: torch.dtype) -> None:
         self.call, self.sequences, self.block, self.indices = call, sequences, block, indices
         self.heads: Heads = block.heads
         self.rows = BlockRows(sequences, block)
@@ -108,9 +106,9 @@ class _BlockRun:
         # [n, width, heads, ...] -> [n * keys, width, ...]: one step is then a strided view of each
         p = n * heads.keys
         q, k = (x.transpose(1, 2).reshape(p, width, -1) for x in (q, k))
-        v = v.unflatten(2, (heads.keys, heads.group)).transpose(1, 2).reshape(p, width, -1)
-        beta = beta.unflatten(2, (heads.keys, heads.group)).transpose(1, 2).reshape(p, width, heads.group)
-        decay = decay.unflatten(2, (heads.keys, heads.group)).transpose(1, 2).flatten(0, 1)
+        v = torch.unflatten(v, 2, (heads.keys, heads.group)).transpose(1, 2).reshape(p, width, -1)
+        beta = torch.unflatten(beta, 2, (heads.keys, heads.group)).transpose(1, 2).reshape(p, width, heads.group)
+        decay = torch.unflatten(decay, 2, (heads.keys, heads.group)).transpose(1, 2).flatten(0, 1)
         # [p, width, K or 1, group, 1] beside the states' [p, K, group, V]
         decay = decay.transpose(2, 3).unsqueeze(-1) if call.is_kda else decay[:, :, None, :, None]
         o = torch.empty_like(v)

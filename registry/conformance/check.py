@@ -119,6 +119,7 @@ class Check:
         id: ``N1`` ...: numerics, ``M``: metamorphic relations, ``S``: memory safety, ``X``: registry, ``C``: contract.
         title: what must hold, in a few words.
         examinations: lists the cases for a subject, without running them.
+        relaxable: compares bit for bit what a backend's exceptions file may hold to a number of bounds instead.
         promise: the backend tag that promises this relation bit for bit; a backend with the tag may not relax it.
     """
 
@@ -127,6 +128,7 @@ class Check:
     tier: Tier
     needs: Needs
     examinations: Callable[[Subject], Iterable[Examination]]
+    relaxable: bool = False
     promise: str | None = None
 
     def run(self, subject: Subject) -> Iterator[Finding]:
@@ -154,11 +156,17 @@ class Check:
 
 
 def check(
-    id: str, title: str, *, tier: Tier = Tier.FAST, needs: Needs = Needs.ANY, promise: str | None = None
+    id: str,
+    title: str,
+    *,
+    tier: Tier = Tier.FAST,
+    needs: Needs = Needs.ANY,
+    relaxable: bool = False,
+    promise: str | None = None,
 ) -> Callable[[Callable[[Subject], Iterable[Examination]]], Check]:
     """Decorator: a function that lists examinations becomes a :class:`Check`."""
 
     def wrap(examinations: Callable[[Subject], Iterable[Examination]]) -> Check:
-        return Check(id, title, tier, needs, examinations, promise)
+        return Check(id, title, tier, needs, examinations, relaxable, promise)
 
     return wrap

@@ -78,7 +78,7 @@ def gate(
     *,
     seeds: Sequence[int] = (0, 1),
     adversarial: Any = None,
-    max_token_heads: int = 1 << 13,
+    max_token_heads: int = 1 << 11,
     device: torch.device | str = "cpu",
     require_repeatable: bool = True,
     references: MutableMapping[Any, Any] | None = None,
@@ -94,8 +94,8 @@ def gate(
     Args:
         case: the op's case record; its problem is the one to be tuned.
         adversarial: another case of the same problem; None lets the op make one.
-        max_token_heads: tokens times heads to compare with the reference; beyond, a random subset of heads stands
-            for all (the first and the last among them).
+        max_token_heads: tokens times heads to compare with the reference (a thousand take about a second at
+            K = V = 128); beyond, a random subset of heads stands for all, the first and the last among them.
         references: keeps references between candidates of one case (the dearest part of the gate); pass one
             mapping for all of them, and drop it with the case.
         require_repeatable: reject with ``NOT_REPEATABLE``; else only report it.

@@ -131,6 +131,8 @@ def _impossible_exceptions(subject: Subject, checks: dict[str, Check]) -> Iterat
         if entry.check not in checks:
             message = f"exception for an unknown check ({subject.exceptions.source})"
             yield Finding(entry.check, "exceptions", Status.ERROR, message)
+        elif not entry.declares_decline and not checks[entry.check].relaxable:
+            yield Finding(entry.check, "exceptions", Status.ERROR, "this check cannot be relaxed")
         elif not entry.declares_decline and not subject.may_relax(checks[entry.check]):
             message = f"the backend's tag {checks[entry.check].promise!r} promises these bits: no exception possible"
             yield Finding(entry.check, "exceptions", Status.ERROR, message)

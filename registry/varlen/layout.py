@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -44,16 +45,30 @@ class SequenceLayout:
         profile: the VarlenProfile of the batch.
     """
 
-    __slots__ = ("__dict__", "cu_seqlens", "longest", "n", "offsets", "profile", "tokens")
+    offsets: tuple[int, ...]
+    cu_seqlens: torch.Tensor
+    n: int
+    tokens: int
+    longest: int
+    profile: VarlenProfile
 
     def __init__(self, offsets: tuple[int, ...], cu_seqlens: torch.Tensor) -> None:
         check_offsets(offsets)
-        self.offsets = offsets
-        self.cu_seqlens = cu_seqlens
-        self.n = len(offsets) - 1
-        self.tokens = offsets[-1]
-        self.longest = max((b - a for a, b in pairwise(offsets)), default=0)
-        self.profile = VarlenProfile.of(self.n, self.tokens, self.longest)
+        n, tokens = len(offsets) - 1, offsets[-1]
+        longest = max((b - a for a, b in pairwise(offsets)), default=0)
+        values = {
+            "offsets": offsets,
+            "cu_seqlens": cu_seqlens,
+            "n": n,
+            "tokens": tokens,
+            "longest": longest,
+            "profile": VarlenProfile.of(n, tokens, longest),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"SequenceLayout is immutable: build a new one instead of setting {name}")
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> SequenceLayout:
@@ -85,9 +100,13 @@ class SequenceLayout:
 
         offsets = [0]
         for i, length in enumerate(lengths):
-            if length < 0:
+            try:
+                tokens = operator.index(length)  # numpy's integers too, but no float is cut
+            except TypeError:
+                raise ArgumentTypeError("lengths", "integers", f"lengths[{i}] = {length!r}") from None
+            if tokens < 0:
                 raise ArgumentValueError("lengths", "lengths >= 0", f"lengths[{i}] = {length}")
-            offsets.append(offsets[-1] + int(length))
+            offsets.append(offsets[-1] + tokens)
         kind = torch.int32 if dtype is None else dtype
         if kind is torch.int32 and offsets[-1] > 2**31 - 1:
             raise ArgumentValueError("dtype", "int64 for more than 2**31 - 1 tokens", "int32")

@@ -208,6 +208,8 @@ class Call:
             intermediates=self.verify,
             intermediate_dtype=None if self.intermediates is None else dtype_name(self.intermediates.dtype),
             index_dtype=None if self.read_slots is None else dtype_name(self.read_slots.dtype),
+            row_dtype=None if self.intermediate_rows is None else dtype_name(self.intermediate_rows.dtype),
+            parent_dtype=None if self.parents is None else dtype_name(self.parents.dtype),
             varlen=self.cu_seqlens is not None,
             cu_dtype=None if self.cu_seqlens is None else dtype_name(self.cu_seqlens.dtype),
             lengths_on_host=self.lengths_on_host,

@@ -105,6 +105,8 @@ def _not_a_tensor() -> list[ErrorInput]:
         cases.append(ErrorInput(f"{name}: a list", EVERYTHING, _map(name, lambda t: t.tolist()), TypeErr, name))
         cases.append(ErrorInput(f"{name}: a numpy array", EVERYTHING, _map(name, _as_numpy), TypeErr, name))
     cases += [ErrorInput(f"{name}: None", GDN, _set(name, None), TypeErr, name) for name in FLOATS]
+    one = BATCH.but(name="one", lengths=(3,))
+    cases.append(ErrorInput("cu_seqlens: a list, the batch being one", one, _set(CU, [0, 1, 3]), TypeErr, CU))
     cases.append(ErrorInput("out: a numpy array", GDN, lambda k: {"out": _as_numpy(k["v"])}, TypeErr, "out"))
     return cases
 
@@ -239,8 +241,8 @@ def _wrong_scalars() -> list[ErrorInput]:
     for name in ("softplus_beta", "softplus_threshold"):
         cases.append(ErrorInput(f"{name} = None", GDN, _set(name, None), TypeErr, name))
     for name in FLAGS:
-        for bad in (1, 0, 1.0, None, "yes", torch.tensor(True)):
-            cases.append(ErrorInput(f"{name} = {bad!r}", GDN, _set(name, bad), TypeErr, name))
+        for wrong in (1, 0, 1.0, None, "yes", torch.tensor(True)):
+            cases.append(ErrorInput(f"{name} = {wrong!r}", GDN, _set(name, wrong), TypeErr, name))
     lower = "lower_bound"
     for value in (0.0, 5.0, float("nan"), -float("inf"), -1e39):
         cases.append(ErrorInput(f"{lower} = {value}", KDA, _set(lower, value), ValueErr, lower))

@@ -41,7 +41,7 @@ def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 def _range(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte, and the byte after the last, in the tensor's storage."""
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     span = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return first * tensor.element_size(), (first + span + 1) * tensor.element_size()
 

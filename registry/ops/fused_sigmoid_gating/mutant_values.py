@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .call import Call
@@ -103,7 +105,7 @@ class EpsInMean(Seams):
     """eps is added to the mean of squares, as in an RMS norm"""
 
     def normalised(self, x: Tensor) -> Tensor:
-        return x / torch.sqrt(folded(x * x, -1)[..., None] / x.shape[-1] + 1e-6) * x.shape[-1] ** -0.5
+        return x / torch.sqrt(folded(x * x, -1)[..., None] / x.shape[-1] + 1e-6) / math.sqrt(x.shape[-1])
 
 
 class QueryNotNormalised(Seams):

@@ -13,7 +13,6 @@ from typing import ClassVar
 from ....errors import UnknownNameError
 from ...backend import Backend, Config, Runner
 from ...decision import Accepted, RejectCode, Rejected, Verdict
-from . import mutant_memory, mutant_seams, mutant_values
 from .mutant_memory import MEMORY_FAULTS
 from .mutant_seams import Seams
 from .mutant_values import VALUE_FAULTS
@@ -52,7 +51,8 @@ class FaultBackend(Backend):
         return self._seams
 
     def sources(self) -> Sequence[Path]:
-        return tuple(Path(m.__file__) for m in (mutant_seams, mutant_values, mutant_memory))
+        names = ("mutants", "mutant_seams", "mutant_values", "mutant_memory")
+        return tuple(Path(__file__).with_name(f"{name}.py") for name in names)
 
 
 def mutant(name: str) -> FaultBackend:

@@ -20,6 +20,8 @@ from .validate_values import check_values
 
 __all__ = ["FusedSigmoidGating"]
 
+_NEVER = object()
+
 
 def _meta(t: torch.Tensor) -> tuple[Any, ...]:
     """What a validated call's tensor must keep to make the next call valid as well."""
@@ -130,8 +132,10 @@ class FusedSigmoidGating:
                     check_offsets(offsets)
                     longest = max((offsets[i + 1] - offsets[i] for i in range(len(offsets) - 1)), default=0)
                     lengths = (len(offsets) - 1, offsets[-1], longest)
+            else:
+                lengths = _NEVER  # no tensor: the slow path names it
         try:
-            key = (
+            key: Hashable = (
                 *(_meta(t) for t in (A_log, a, dt_bias, q, k, v, b)),
                 _meta_or_none(initial_state_source),
                 _meta_or_none(initial_state_indices),
@@ -142,6 +146,9 @@ class FusedSigmoidGating:
                 scale,
                 (use_qk_l2norm_in_kernel, is_kda, allow_neg_eigval, disable_state_update),
                 (state_layout, lower_bound, max_seqlen, backend),
+                # 1 == True == 1.0 to a dict, not to the contract
+                *map(type, (use_qk_l2norm_in_kernel, is_kda, allow_neg_eigval, disable_state_update)),
+                *map(type, (softplus_beta, softplus_threshold, scale, lower_bound, max_seqlen)),
                 _meta_or_none(intermediate_states_buffer),
                 _meta_or_none(intermediate_state_indices),
                 _meta_or_none(retrieve_parent_token),
@@ -153,7 +160,8 @@ class FusedSigmoidGating:
                 _grad(initial_state_source, out, intermediate_states_buffer),
                 q.is_cuda and torch.cuda.is_current_stream_capturing(),
             )
-            bound = self._dispatcher.bound.get(key) if validate == "fast" else None
+            known = validate == "fast" and lengths is not _NEVER
+            bound = self._dispatcher.bound.get(key) if known else None
         except (AttributeError, TypeError):
             bound, key = None, None  # some argument is no tensor: the slow path names it
         if bound is None:

@@ -19,7 +19,7 @@ Intermediates = Literal["none", "chain", "tree"]
 Strides = Literal["dense", "rows", "any"]
 
 _NOT_TUNED = frozenset(
-    "arch a_dtype b_dtype A_log_dtype dt_bias_dtype index_dtype cu_dtype custom_scale custom_softplus".split()
+    "arch a_dtype b_dtype A_log_dtype dt_bias_dtype index_dtype row_dtype parent_dtype cu_dtype custom_scale custom_softplus".split()
 )
 
 
@@ -37,7 +37,8 @@ class Problem:
         is_kda: gates carry K per head; lower_bound: the bounded KDA gate; l2norm: q and k are normalised inside.
         neg_eigval: beta in (0, 2); custom_scale: scale is not K**-0.5; custom_softplus: not (1, 20).
         update, intermediates, intermediate_dtype: what is done with the states.
-        index_dtype: dtype of slot indices; varlen: packed by cu_seqlens (else B equal lengths), of cu_dtype.
+        index_dtype: dtype of slot indices; row_dtype: of the buffer's rows; parent_dtype: of the token tree.
+        varlen: packed by cu_seqlens (else B equal lengths), of cu_dtype.
         lengths_on_host: the lengths can be read without waiting for a device.
         strides: see :data:`Strides`; grad: some input requires grad and grad mode is on.
         profile: buckets of N, tokens and longest length, and the length class.
@@ -67,6 +68,8 @@ class Problem:
     intermediates: Intermediates
     intermediate_dtype: str | None
     index_dtype: str | None
+    row_dtype: str | None
+    parent_dtype: str | None
     varlen: bool
     cu_dtype: str | None
     lengths_on_host: bool
@@ -83,13 +86,14 @@ class Problem:
         flat["length_class"] = self.profile.length_class.value
         return flat
 
-    def tuning_key(self) -> dict[str, int | str | bool | None]:
+    def tuning_key(self) -> dict[str, int | str | bool]:
         """The part of :meth:`key` that tuned choices are stored under.
 
         Index and gate dtypes and the values of scale and softplus are left out: they decide whether a backend may
         run (its predicate sees them) but hardly how fast, and every field here multiplies what must be tuned.
+        A field that does not apply (the pool's dtype without a pool) is absent: the store holds scalars only.
         """
-        return {name: value for name, value in self.key().items() if name not in _NOT_TUNED}
+        return {name: value for name, value in self.key().items() if name not in _NOT_TUNED and value is not None}
 
     def with_mode(self, mode: Literal["eager", "graph"]) -> Problem:
         """The same problem in another launch mode."""

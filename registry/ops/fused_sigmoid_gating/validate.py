@@ -95,7 +95,7 @@ def canonical_call(
     b = as_gate("b", b, batch, length, (value_heads,))
     _expect_shape("A_log", A_log, (value_heads,), "[HV]")
     if is_kda and dt_bias.dim() == 1 and dt_bias.numel() == value_heads * key_dim:
-        dt_bias = dt_bias.unflatten(0, gate)
+        dt_bias = dt_bias.unflatten(0, gate)  # type: ignore[no-untyped-call]
     _expect_shape("dt_bias", dt_bias, gate, "[HV, K] (or [HV * K]) for KDA" if is_kda else "[HV]")
     device = q.device
     for name, tensor in floats.items():
@@ -323,7 +323,7 @@ def as_gate(name: str, tensor: torch.Tensor, batch: int, length: int, tail: tupl
         if tuple(tensor.shape) == (*lead, *tail):
             return tensor if len(lead) == 2 else tensor.unsqueeze(0)
         if len(tail) > 1 and tuple(tensor.shape) == (*lead, flat):
-            tensor = tensor.unflatten(-1, tail)
+            tensor = tensor.unflatten(-1, tail)  # type: ignore[no-untyped-call]
             return tensor if len(lead) == 2 else tensor.unsqueeze(0)
     words = "[B, T, HV, K]" if len(tail) > 1 else "[B, T, HV]"
     raise ArgumentValueError(name, f"{words} = {[batch, length, *tail]}", _shape(tensor))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ....conformance.check import Check
-from . import accuracy, contract, metamorphic, registry_checks, safety
+from . import accuracy, contract, indices, metamorphic, registry_checks, safety
 
 __all__ = ["CHECKS"]
 
@@ -13,5 +13,6 @@ CHECKS: tuple[Check, ...] = (
     *metamorphic.CHECKS,
     *safety.CHECKS,
     *contract.CHECKS,
+    *indices.CHECKS,
     *registry_checks.CHECKS,
 )

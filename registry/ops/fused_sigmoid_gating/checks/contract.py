@@ -27,7 +27,7 @@ TREE = FLOAT32.but(name="tree", lengths=(5, 0, 8, 1, 4), padded=(4,), verify="tr
 CHAIN = TREE.but(name="chain", verify="chain")
 
 
-@check("C1", "verification of a chain = running it step by step")
+@check("C1", "verification of a chain = running it step by step", relaxable=True)
 def chain(subject: Subject) -> Iterator[Examination]:
     for spec in (CHAIN, CHAIN.but(name="kda, vk, in place", is_kda=True, state_layout="vk", update="in_place")):
         yield f"{spec.name}, every step", partial(_chain, subject, spec)
@@ -81,7 +81,7 @@ def _exact(subject: Subject, recipe: Recipe) -> Reference:
     return exact(recipe, subject.chunk(recipe.trial(subject).call))
 
 
-@check("C2", "verification of a tree = every path from its root alone")
+@check("C2", "verification of a tree = every path from its root alone", relaxable=True)
 def tree(subject: Subject) -> Iterator[Examination]:
     for spec in (TREE, TREE.but(name="kda, vk", is_kda=True, state_layout="vk", index_dtype="int64")):
         yield f"{spec.name}, every path", partial(_paths, subject, spec)
@@ -125,7 +125,7 @@ def _tokens(kwargs: Kwargs, sequence: int, rows: list[int]) -> Kwargs:
     return {**kwargs, **changed}
 
 
-@check("C3", "a disabled update computes the same output and writes nothing")
+@check("C3", "a disabled update computes the same output and writes nothing", relaxable=True)
 def disabled_update(subject: Subject) -> Iterator[Examination]:
     for spec in (FLOAT32, BASE.but(name="kda, vk", is_kda=True, state_layout="vk"), BASE.but(state_dtype="bfloat16")):
         yield f"{spec.name}, {spec.state_dtype}", partial(_disabled, subject, spec)
@@ -143,7 +143,7 @@ def _disabled(subject: Subject, spec: CaseSpec) -> float | None:
 SEPARATE = FLOAT32.but(name="separate", update="separate", fresh=(0,))
 
 
-@check("C4", "separate slots: read slots keep their bits, written ones hold the result")
+@check("C4", "separate slots: read slots keep their bits, written ones hold the result", relaxable=True)
 def separate_slots(subject: Subject) -> Iterator[Examination]:
     for spec in (SEPARATE, SEPARATE.but(name="bfloat16 pool, vk", state_dtype="bfloat16", state_layout="vk")):
         yield f"{spec.name}, bound", partial(accurate, subject, Recipe(spec))
@@ -215,13 +215,16 @@ def _zero_start(subject: Subject, spec: CaseSpec) -> float | None:
         pool[slot] = state
     got = Trial(inputs.kwargs).run(subject)
     idle = [n for n, length in enumerate(spec.lengths) if not length]
-    drop = lambda r: Results(  # noqa: E731
-        r.o, tuple(None if n in idle else s for n, s in enumerate(r.states)), r.steps
-    )
-    return same(subject, "C5", drop(got), drop(clean), partial(_exact, subject, Recipe(spec)))
+    return same(subject, "C5", _without(got, idle), _without(clean, idle))
 
 
-@check("C6", "both state layouts give the same bits")
+def _without(results: Results, idle: list[int]) -> Results:
+    """Without the states of sequences that have no token: their slots hold NaN now."""
+    states = tuple(None if n in idle else s for n, s in enumerate(results.states))
+    return Results(results.o, states, results.steps)
+
+
+@check("C6", "both state layouts give the same bits", relaxable=True)
 def state_layouts(subject: Subject) -> Iterator[Examination]:
     for spec in (
         FLOAT32,
@@ -256,7 +259,7 @@ def _accurate_and_untouched(subject: Subject, recipe: Recipe) -> float:
     return accurate(subject, recipe)
 
 
-@check("C8", "out= is written in place, whatever its strides")
+@check("C8", "out= is written in place, whatever its strides", relaxable=True)
 def given_output(subject: Subject) -> Iterator[Examination]:
     for spec in (FLOAT32.but(extra_rows=2), BASE, BASE.but(varlen=False, lengths=(3, 3), padded=())):
         shape = (2, 3, spec.hv, spec.v) if not spec.varlen else (1, spec.tokens + spec.extra_rows, spec.hv, spec.v)

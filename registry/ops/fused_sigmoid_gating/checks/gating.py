@@ -42,12 +42,12 @@ class GateTrial(Trial):
         subject.run(self.call, poison)
 
     def heads(self, max_token_heads: int, seed: int) -> tuple[int, ...]:
-        """Value heads to compare: all within the budget, else a random subset with the first and the last."""
+        """Value heads to compare: all within the budget, else the first, the last and at least one drawn at random."""
         call = self.call
         by_tokens = max_token_heads // max(1, self.offsets[-1])
         held = self.offsets[-1] if call.intermediates is not None else call.n
         by_states = _MAX_REFERENCE_STATE // max(1, held * call.key_dim * call.value_dim)
-        count = max(2, min(by_tokens, by_states))
+        count = max(3, min(by_tokens, by_states))
         if count >= call.hv:
             return tuple(range(call.hv))
         inner = torch.randperm(call.hv - 2, generator=torch.Generator().manual_seed(seed))[: count - 2] + 1

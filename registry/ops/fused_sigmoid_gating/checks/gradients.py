@@ -25,7 +25,10 @@ def gradients_agree(subject: Subject, spec: CaseSpec) -> None:
     kwargs = fresh(spec, device=subject.device)
     rows = offsets_of(spec)[-1]
     generator = torch.Generator().manual_seed(14)
-    draw = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)  # noqa: E731
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
     weight = draw(kwargs["v"])
     weight[:, rows:] = 0
     tracked = {name: kwargs[name].detach().clone().requires_grad_() for name in _INPUTS}

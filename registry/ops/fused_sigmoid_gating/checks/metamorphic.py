@@ -42,7 +42,7 @@ def _same(subject: Subject, check_id: str, got: Results, want: Results, spec: Ca
     return same(subject, check_id, got, want, lambda: exact(recipe, subject.chunk(recipe.trial(subject).call)))
 
 
-@check("M1", "three runs give the same bits, other work beside them or not", promise="repeatable")
+@check("M1", "three runs give the same bits, other work beside them or not", promise="repeatable", relaxable=True)
 def repeatable(subject: Subject) -> Iterator[Examination]:
     for spec in RELATION_CASES:
         yield spec.name, partial(_repeats, subject, spec)
@@ -63,7 +63,7 @@ def _repeats_beside_work(subject: Subject, spec: CaseSpec) -> float | None:
     m = torch.full((64, 64), 0.5, device=subject.device)
 
     def work() -> None:
-        stream = torch.cuda.Stream(subject.device) if subject.device.type == "cuda" else None
+        stream = _stream(subject.device) if subject.device.type == "cuda" else None
         with torch.cuda.stream(stream):
             while not stop.is_set():
                 torch.mm(m, m)
@@ -79,11 +79,16 @@ def _repeats_beside_work(subject: Subject, spec: CaseSpec) -> float | None:
         other.join()
 
 
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
 def _largest(x: float | None, y: float | None) -> float | None:
     return y if x is None else x if y is None else max(x, y)
 
 
-@check("M2", "packed sequences = each sequence alone", promise="batch_invariant")
+@check("M2", "packed sequences = each sequence alone", promise="batch_invariant", relaxable=True)
 def packed_alone(subject: Subject) -> Iterator[Examination]:
     for spec in (*RELATION_CASES, SCENARIOS["packed 5,7,6"], SCENARIOS["one long, many short"]):
         yield spec.name, partial(packed_equals_alone, subject, spec)
@@ -108,7 +113,7 @@ def _joined(parts: list[Results]) -> Results:
     )
 
 
-@check("M3", "a sequence cut anywhere, its state carried through the pool = the whole")
+@check("M3", "a sequence cut anywhere, its state carried through the pool = the whole", relaxable=True)
 def cut(subject: Subject) -> Iterator[Examination]:
     for spec in (
         FLOAT32.but(name="float32", lengths=(12,), padded=()),
@@ -134,7 +139,7 @@ def _cut(subject: Subject, spec: CaseSpec, at: tuple[int, ...]) -> float | None:
     return _same(subject, "M3", Results(torch.cat(outputs), last.states, last.steps), whole, spec)
 
 
-@check("M4", "permuting sequences permutes outputs and states", promise="batch_invariant")
+@check("M4", "permuting sequences permutes outputs and states", promise="batch_invariant", relaxable=True)
 def permuted(subject: Subject) -> Iterator[Examination]:
     for spec in RELATION_CASES:
         for order in ((4, 3, 2, 1, 0), (2, 4, 0, 3, 1)):
@@ -144,7 +149,7 @@ def permuted(subject: Subject) -> Iterator[Examination]:
 def _permuted(subject: Subject, spec: CaseSpec, order: tuple[int, ...]) -> float | None:
     spans = tuple((n, 0, spec.lengths[n]) for n in order)
     got = _run(subject, spec, partial(_spans, spec=spec, spans=spans))
-    chunks = dict(zip(order, got.o.split([spec.lengths[n] for n in order]), strict=True))
+    chunks = dict(zip(order, torch.split(got.o, [spec.lengths[n] for n in order]), strict=True))
     states = dict(zip(order, got.states, strict=True))
     back = Results(
         torch.cat([chunks[n] for n in range(spec.n)]), tuple(states[n] for n in range(spec.n)), (None,) * spec.n
@@ -152,7 +157,7 @@ def _permuted(subject: Subject, spec: CaseSpec, order: tuple[int, ...]) -> float
     return _same(subject, "M4", back, _run(subject, spec), spec)
 
 
-@check("M5", "one value head alone = that head of the whole")
+@check("M5", "one value head alone = that head of the whole", relaxable=True)
 def one_head(subject: Subject) -> Iterator[Examination]:
     for spec in RELATION_CASES:
         for head in (0, 1, spec.hv - 1):
@@ -176,7 +181,7 @@ def _one_head(subject: Subject, spec: CaseSpec, head: int) -> float | None:
     return _same(subject, "M5", Results(o, tuple(states), whole.steps), whole, spec)
 
 
-@check("M6", "permuting value columns permutes outputs and states")
+@check("M6", "permuting value columns permutes outputs and states", relaxable=True)
 def permuted_columns(subject: Subject) -> Iterator[Examination]:
     for spec in RELATION_CASES:
         yield spec.name, partial(_permuted_columns, subject, spec)
@@ -190,7 +195,7 @@ def _permuted_columns(subject: Subject, spec: CaseSpec) -> float | None:
     return _same(subject, "M6", Results(got.o[..., back], states, got.steps), _run(subject, spec), spec)
 
 
-@check("M7", "powers of two pass through: of the scale, and of values and states")
+@check("M7", "powers of two pass through: of the scale, and of values and states", relaxable=True)
 def powers_of_two(subject: Subject) -> Iterator[Examination]:
     factor = 64.0
     for case in RELATION_CASES:
@@ -207,7 +212,7 @@ def _scaled_query(subject: Subject, spec: CaseSpec, factor: float) -> float | No
     return _same(subject, "M7", Results(got.o / factor, got.states, got.steps), want, spec)
 
 
-@check("M8", "sign flips: of q; of values and states; of keys and states")
+@check("M8", "sign flips: of q; of values and states; of keys and states", relaxable=True)
 def signs(subject: Subject) -> Iterator[Examination]:
     for spec in RELATION_CASES:
         yield f"{spec.name}, q", partial(_flipped_query, subject, spec)
@@ -321,7 +326,7 @@ def _empty_keeps(subject: Subject, spec: CaseSpec) -> None:
             raise Violation(f"the state of empty sequence {n} (slot {slot}) changed")
 
 
-@check("M12", "the same call said in another way: batch, index dtype, layout, strides")
+@check("M12", "the same call said in another way: batch, index dtype, layout, strides", relaxable=True)
 def same_call(subject: Subject) -> Iterator[Examination]:
     equal = FLOAT32.but(name="equal lengths", lengths=(6, 6, 6), padded=(1,))
     yield "batch = packed", partial(_batch, subject, equal)

@@ -142,7 +142,7 @@ def _handed_over(first: Subject, second: Subject, spec: CaseSpec) -> float:
     start = Trial(select_spans(kwargs, spec, heads)).run(first)
     end = Trial(select_spans(kwargs, spec, tails)).run(second)
     parts: list[torch.Tensor] = []
-    for x, y in zip(start.o.split(_lengths(heads)), end.o.split(_lengths(tails)), strict=True):
+    for x, y in zip(torch.split(start.o, _lengths(heads)), torch.split(end.o, _lengths(tails)), strict=True):
         parts += [x, y]
     whole = _rounded(ref, end)
     return near(Results(torch.cat(parts), end.states, end.steps), whole, ref, 2.0)

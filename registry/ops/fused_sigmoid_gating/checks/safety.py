@@ -59,8 +59,7 @@ def poisoned(subject: Subject, spec: CaseSpec) -> float | None:
     left = int(torch.isnan(runs[0].o).sum())
     if left:
         raise Violation(f"{left} of {runs[0].o.numel()} outputs are NaN: never written, or computed from stale memory")
-    recipe = Recipe(spec)
-    return same(subject, "S1", runs[1], runs[0], lambda: exact(recipe, subject.chunk(recipe.trial(subject).call)))
+    return same(subject, "S1", runs[1], runs[0])
 
 
 @check("S2", "inputs, unnamed slots and everything around the written places keep their bits")
@@ -94,9 +93,8 @@ def _refilled(subject: Subject, spec: CaseSpec) -> float | None:
         if isinstance(value, torch.Tensor):
             kwargs[name].copy_(value)
     got = Trial({**kwargs, "out": first.out}).run(subject)
-    recipe = Recipe(turned, 1)
-    want = recipe.trial(subject).run(subject)
-    return same(subject, "S3", got, want, lambda: exact(recipe, subject.chunk(first.call)))
+    want = Trial.of(turned, 1, subject.device).run(subject)
+    return same(subject, "S3", got, want)
 
 
 @check("S4", "NaN all around the inputs shows nowhere", needs=Needs.CPU)
@@ -111,8 +109,7 @@ def _surrounded(subject: Subject, spec: CaseSpec) -> float | None:
     trial = Trial({name: _islanded(value) for name, value in fresh(spec, device=subject.device).items()})
     got = trial.run(subject)
     trial.check_untouched()
-    recipe = Recipe(spec)
-    return same(subject, "S4", got, want, lambda: exact(recipe, subject.chunk(trial.call)))
+    return same(subject, "S4", got, want)
 
 
 def _islanded(value: object) -> object:
@@ -138,7 +135,7 @@ def _watched(subject: Subject, spec: CaseSpec) -> None:
         trial.run(subject)
 
 
-@check("S5", "threads, their number and calls beside one another change no bit", needs=Needs.CPU)
+@check("S5", "threads, their number and calls beside one another change no bit", needs=Needs.CPU, relaxable=True)
 def threads(subject: Subject) -> Iterator[Examination]:
     wide = FLOAT32.but(name="wide", lengths=(1,) * 24, padded=(), hv=8)
     for spec in (FLOAT32.but(name="float32"), wide, BASE.but(name="kda", is_kda=True)):
@@ -159,7 +156,7 @@ def _any_threads(subject: Subject, spec: CaseSpec) -> float | None:
 
 @contextmanager
 def thread_count(subject: Subject, count: int) -> Iterator[None]:
-    """Run torch, and numba where the backend needs it, on ``count`` threads (numba: at most as many as it has)."""
+    """Run torch, and numba where the backend needs it, on ``count`` threads (numba: at most as many as it runs now)."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -167,7 +164,7 @@ def thread_count(subject: Subject, count: int) -> Iterator[None]:
             import numba
 
             held = numba.get_num_threads()
-            numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+            numba.set_num_threads(min(count, held))
             try:
                 yield
             finally:
@@ -214,7 +211,7 @@ def _same_as(subject: Subject, spec: CaseSpec, got: Results, want: Results, seed
     return same(subject, "S5", got, want, lambda: exact(recipe, subject.chunk(recipe.trial(subject).call)))
 
 
-@check("S5E", "no schedule of the kernel's threads changes a bit", needs=Needs.ENGINE)
+@check("S5E", "no schedule of the kernel's threads changes a bit", needs=Needs.ENGINE, relaxable=True)
 def schedules(subject: Subject) -> Iterator[Examination]:
     for spec in (FLOAT32.but(name="float32"), BASE.but(name="kda", is_kda=True)):
         yield spec.name, partial(_any_schedule, subject, spec)
@@ -260,7 +257,7 @@ def _far_slots(subject: Subject, spec: CaseSpec) -> float | None:
     moved = [count - 1 - n for n in range(len(slots))]
     for n, slot in enumerate(moved):
         far[slot] = pool[int(slots[n])]
-    return _far_run(subject, spec, {**with_slots(kwargs, moved), "initial_state_source": far}, want)
+    return _far_run(subject, {**with_slots(kwargs, moved), "initial_state_source": far}, want)
 
 
 def _far_slot_stride(subject: Subject, spec: CaseSpec) -> float | None:
@@ -273,7 +270,7 @@ def _far_slot_stride(subject: Subject, spec: CaseSpec) -> float | None:
     far = torch.empty(_FAR, dtype=pool.dtype).as_strided((3, *pool.shape[1:]), (stride, *inner))
     for n, slot in enumerate((2, 1)):
         far[slot] = pool[int(slots[n])]
-    return _far_run(subject, spec, {**with_slots(kwargs, (2, 1)), "initial_state_source": far}, want)
+    return _far_run(subject, {**with_slots(kwargs, (2, 1)), "initial_state_source": far}, want)
 
 
 def _far_tokens(subject: Subject, spec: CaseSpec, name: str) -> float | None:
@@ -287,10 +284,10 @@ def _far_tokens(subject: Subject, spec: CaseSpec, name: str) -> float | None:
     far = torch.empty(span, dtype=dtype_of(spec.io_dtype)).as_strided(near.shape, (span, stride, *inner))
     if name != "out":
         far.copy_(near)
-    return _far_run(subject, spec, {**kwargs, name: far}, want)
+    return _far_run(subject, {**kwargs, name: far}, want)
 
 
-def _far_run(subject: Subject, spec: CaseSpec, kwargs: Kwargs, want: Results) -> float | None:
+def _far_run(subject: Subject, kwargs: Kwargs, want: Results) -> float | None:
     """Run on storages too large to be remembered, so only values are compared."""
     call = canonical_call(**kwargs)
     if call.out is None:
@@ -302,7 +299,7 @@ def _far_run(subject: Subject, spec: CaseSpec, kwargs: Kwargs, want: Results) ->
     if call.state_layout == "vk":
         states = [state.transpose(-1, -2) for state in states]
     got = Results(call.out.flatten(0, 1).clone(), tuple(s.clone() for s in states), (None,) * call.n)
-    return same(subject, "S6", got, want, lambda: exact(Recipe(spec), subject.chunk(call)))
+    return same(subject, "S6", got, want)
 
 
 @check("S7", "no sequence, no token: valid, and nothing is written")

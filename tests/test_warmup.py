@@ -1,0 +1,340 @@
+"""Planning, tuning, proving and resuming a model's workload; on planted backends, so that it takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from isokern.autotune.cost import CostModel
+from isokern.autotune.device_lock import device_lock
+from isokern.autotune.examine import GatePolicy
+from isokern.autotune.policy import MeasurePolicy, RacePolicy, ScreenPolicy, TunePolicy
+from isokern.autotune.progress import Progress
+from isokern.autotune.report import format_duration, plan_summary, plan_table, report_summary, report_table
+from isokern.autotune.tuner import Settings
+from isokern.autotune.warmup import Interrupted, plan_warmup, run_warmup
+from isokern.autotune.worker import Limits
+from isokern.cache import Layer, Store
+from isokern.errors import ArgumentValueError, CatalogueError, UnknownNameError
+from isokern.registry.core import Registry
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.catalogue import catalogue, model
+from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concrete
+from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
+from isokern.registry.ops.fused_sigmoid_gating.timing import bytes_moved, rotated_calls, state_bytes, with_room
+from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
+from isokern.registry.ops.fused_sigmoid_gating.validate_values import check_values
+from isokern.registry.ops.fused_sigmoid_gating.workload_case import parse_case
+from isokern.registry.ops.fused_sigmoid_gating.workloads import Tier, serving_cases
+
+OP = "fused_sigmoid_gating"
+MODEL = "qwen3-next-80b-a3b"
+TP = 8  # two key heads and four value heads per rank: milliseconds
+PLANTED = Path(__file__).with_name("planted_backends.py")
+SETTINGS = Settings(
+    TunePolicy(
+        screen=ScreenPolicy(first_samples=1),
+        race=RacePolicy(rounds=(5,), sentinel_drift=0.99, wall_cap_s=2.0),
+        measure=MeasurePolicy(min_sample_us=50.0, rotate_l2=1.0),
+    ),
+    GatePolicy(seeds=1),
+    Limits(call=20.0),
+)
+
+
+def load_planted():
+    spec = importlib.util.spec_from_file_location("planted_backends", PLANTED)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["planted_backends"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+planted = load_planted()
+
+
+def registry_of(*kinds) -> Registry:
+    registry = Registry(load_plugins=False)
+    for name in tuple(registry.backends(OP)):
+        registry.unregister_backend(OP, name)
+    for kind in kinds:
+        registry.register_backend(kind())
+    return registry
+
+
+def plan_at(root: Path, cases=("decode N=1", "verify 2x2"), kinds=(planted.Honest,), settings=SETTINGS):
+    store = Store([Layer("explicit", root, writable=True)])
+    registry = registry_of(*kinds)
+    registry.use_store(store)
+    return plan_warmup(MODEL, TP, [parse_case(c) for c in cases], tier=Tier.FULL, store=store, registry=registry,
+                       settings=settings)  # fmt: skip
+
+
+def printed(renderable) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200, color_system=None).print(renderable)
+    return out.getvalue()
+
+
+# ---- from a model to concrete calls
+
+
+@pytest.mark.parametrize("name", sorted(catalogue()))
+def test_every_models_workload_is_a_valid_call_and_so_is_its_adversarial_twin(name):
+    found = model(name)
+    shard = found.shard(found.tensor_parallel[-1])
+    for case in serving_cases(found, Tier.SMOKE):
+        spec = concrete(shard, case)
+        twin = adversarial_twin(spec)
+        problem = describe(spec, "cpu")
+        for one in (spec, twin):
+            call = canonical_call(**make_inputs(one).kwargs)
+            check_values(call)
+            assert call.problem() == problem
+
+
+@pytest.mark.parametrize("case", serving_cases(model(MODEL), Tier.FULL), ids=lambda c: c.name)
+def test_the_twin_is_another_layout_of_the_same_problem(case):
+    spec = concrete(model(MODEL).shard(1), case)
+    twin = adversarial_twin(spec)
+    assert describe(twin, "cpu") == describe(spec, "cpu")
+    assert twin.tokens + twin.extra_rows == spec.tokens + spec.extra_rows
+    assert adversarial_twin(spec) == twin, "a pure function of case and seed"
+    if spec.n > 2:
+        assert len(twin.padded) == 1
+        assert twin.lengths[twin.padded[0]] > 0
+    if spec.n >= 16:
+        assert 0 in twin.lengths
+
+
+def test_verification_reads_the_pool_and_writes_the_buffer_only():
+    spec = concrete(model(MODEL).shard(1), parse_case("verify tree 4x8 bfloat16"))
+    assert (spec.update, spec.verify, spec.state_dtype, spec.intermediate_dtype) == (
+        "disabled",
+        "tree",
+        "bfloat16",
+        "bfloat16",
+    )
+
+
+# ---- timing hooks
+
+
+def test_rotated_calls_share_no_slot_and_keep_missing_ones_missing():
+    case = with_room(CaseSpec("rotating", (1, 1, 1), k=8, v=8, padded=(1,)), 4)
+    call = canonical_call(**make_inputs(case).kwargs)
+    calls = rotated_calls(call, 4)
+    assert len(calls) == 4
+    named = [int(s) for c in calls for s in c.read_slots]
+    assert Counter(named)[-1] == 4
+    used = [s for s in named if s >= 0]
+    assert len(set(used)) == len(used) == 8
+    for c in calls:
+        check_values(c)
+        assert c.update == "in_place"
+        assert c.problem() == call.problem()
+
+
+def test_rotation_keeps_read_and_write_slots_apart():
+    case = with_room(CaseSpec("separate", (1, 2), k=8, v=8, update="separate"), 3)
+    calls = rotated_calls(canonical_call(**make_inputs(case).kwargs), 3)
+    slots = torch.cat([torch.cat([c.read_slots, c.write_slots]) for c in calls])
+    assert len(calls) == 3
+    assert len(slots.unique()) == len(slots)
+
+
+def test_bytes_moved_counts_each_input_and_result_once():
+    case = CaseSpec("bytes", (2, 0, 1), h=1, hv=2, k=4, v=8, padded=(2,))  # one live slot: 2 * 4 * 8 * 4 B
+    call = canonical_call(**make_inputs(case).kwargs)
+    tokens = 3
+    activations = 2 * tokens * (2 * 4 + 2 * 2 * 8 + 2 + 2)  # bfloat16: q, k; v and o; a and b
+    assert bytes_moved(call) == activations + 2 * (2 * 4 * 8 * 4)
+    assert state_bytes(case) == 3 * 2 * 4 * 8 * 4
+
+
+# ---- plans
+
+
+def test_a_plan_lists_problems_without_running_anything(tmp_path):
+    plan = plan_at(tmp_path)
+    assert [p.cases for p in plan.problems] == [("decode N=1",), ("verify 2x2",)]
+    assert all(not p.known and p.candidates == 1 and p.estimate_s > 0 for p in plan.problems)
+    assert not list(tmp_path.iterdir())
+    assert "to tune" in printed(plan_table(plan))
+    assert "2 of 2 problems to tune" in plan_summary(plan)
+
+
+def test_cases_of_one_tuning_key_are_tuned_once_by_the_largest(tmp_path):
+    plan = plan_at(tmp_path, ("decode N=5", "decode N=8", "decode N=7", "decode N=9"))
+    assert [p.cases for p in plan.problems] == [("decode N=8", "decode N=7", "decode N=5"), ("decode N=9",)]
+
+
+def test_what_cannot_be_planned_is_a_typed_error(tmp_path):
+    with pytest.raises(UnknownNameError, match="qwen3-next"):
+        plan_warmup("qwen3-next-80b")
+    with pytest.raises(CatalogueError, match="3 ranks"):
+        plan_warmup(MODEL, 3)
+    with pytest.raises(ArgumentValueError, match="device"):
+        plan_warmup(MODEL, device="tpu")
+
+
+def test_estimates_follow_what_earlier_runs_took(tmp_path):
+    plan = plan_at(tmp_path)
+    task = plan.problems[0].task
+    guess = CostModel(1.0, "").seconds(task, 4, SETTINGS)
+
+    earlier = SimpleNamespace(measured={"seconds": 3 * guess}, candidates=(None,) * 4)
+    learned = CostModel.calibrated([(task, earlier)], SETTINGS)
+    assert learned.scale == pytest.approx(3.0)
+    assert "earlier" in learned.source
+
+
+# ---- runs
+
+
+class Steps(Progress):
+    def __init__(self):
+        self.seen = []
+
+    def begin(self, problem, index, total):
+        self.seen.append(("begin", problem, index, total))
+
+    def stage(self, name, steps):
+        self.seen.append(("stage", name))
+
+    def end(self, problem, outcome, seconds):
+        self.seen.append(("end", problem, outcome))
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    root = tmp_path_factory.mktemp("warm")
+    plan = plan_at(root, kinds=(planted.Honest, planted.FastAndWrong))
+    steps = Steps()
+    return root, steps, run_warmup(plan, steps)
+
+
+def test_a_warm_up_publishes_and_proves_every_problem(warm):
+    _, steps, report = warm
+    assert report.ok, report.errors
+    assert [p.entry.backend for p in report.problems] == ["honest", "honest"]
+    assert all(p.proof is not None and p.proof.ok for p in report.problems)
+    assert report.problems[0].rejected == {"wrong": 1}
+    assert steps.seen[:3] == [("begin", "decode N=1", 0, 2), ("stage", "gate"), ("stage", "screen")]
+    assert steps.seen[-1] == ("end", "verify 2x2", "honest[default]")
+
+
+def test_the_report_is_readable(warm):
+    _, _, report = warm
+    table = printed(report_table(report))
+    assert "decode N=1" in table
+    assert "honest[default]" in table
+    assert "1 wrong" in table
+    summary = report_summary(report)
+    assert "2 tuned, 0 known, 2 proven" in summary
+    assert str(report.plan.store_path) in summary
+
+
+def test_a_second_run_finds_everything_and_starts_no_process(warm):
+    root, _, first = warm
+    plan = plan_at(root, kinds=(planted.Honest, planted.FastAndWrong))
+    assert all(p.known for p in plan.problems)
+    assert plan.estimate_s == 0
+    again = run_warmup(plan)
+    assert again.workers == 0
+    assert [p.entry for p in again.problems] == [p.entry for p in first.problems]
+    assert "all 2 problems are known" in plan_summary(plan)
+
+
+def test_a_spent_budget_skips_problems_and_says_so(tmp_path):
+    report = run_warmup(plan_at(tmp_path), budget_s=0.0)
+    assert [p.cases[0] for p in report.skipped] == ["decode N=1", "verify 2x2"]
+    assert report.workers == 0
+    assert "2 not reached" in report_summary(report)
+
+
+def test_a_problem_without_a_winner_fails_alone(tmp_path):
+    plan = plan_at(tmp_path, ("decode N=1",), kinds=(planted.FailsToBind,))
+    report = run_warmup(plan)
+    assert not report.ok
+    assert "ptxas" in report.errors[0]
+    assert "no candidate is proven" in printed(report_table(report))
+
+
+# ---- interruption
+
+_RUN = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("tests_of_warmup", {file!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["tests_of_warmup"] = module
+spec.loader.exec_module(module)
+module.run_until_interrupted(sys.argv[1])
+"""
+
+
+def run_until_interrupted(root: str) -> None:
+    class Announcing(Progress):
+        def stage(self, name, steps):
+            print("stage", name, flush=True)
+
+    settings = replace(SETTINGS, policy=replace(SETTINGS.policy, screen=ScreenPolicy(first_samples=1000)))
+    plan = plan_at(Path(root), ("decode N=1",), kinds=(planted.Sluggish,), settings=settings)
+    try:
+        run_warmup(plan, Announcing())
+    except Interrupted as interrupted:
+        children = psutil.Process().children(recursive=True)
+        print("interrupted", interrupted.signal.name, len(children), flush=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_ends_the_workers_and_raises_interrupted(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _RUN.format(file=__file__), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if line.strip() == "stage screen":
+            time.sleep(0.3)
+            os.kill(process.pid, number)
+    assert process.wait(30) == 0
+    assert lines[-1] == f"interrupted {number.name} 0"
+
+
+def test_one_tuner_at_a_time_on_a_device(tmp_path):
+    code = (
+        "from isokern.autotune.device_lock import device_lock\n"
+        "with device_lock('test-device', lambda text: print(text, flush=True)):\n    print('held', flush=True)\n"
+    )
+    with device_lock("test-device", pytest.fail):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert "waiting" in process.stdout.readline()
+    assert process.stdout.readline() == "held\n"
+    process.stdout.close()
+    assert process.wait(30) == 0
+
+
+def test_durations_are_for_people():
+    assert [format_duration(s) for s in (0.4, 12.2, 59.7, 330, 7320)] == [
+        "0.4 s",
+        "12 s",
+        "1 min 00 s",
+        "5 min 30 s",
+        "2 h 02 min",
+    ]

@@ -17,13 +17,13 @@ __all__ = ["CostModel"]
 #: Seconds on the machine the model was made on for a probe to take (see ``_probe``): others are scaled by theirs.
 _PROBE_S = 1.0e-3
 
-# Seconds per problem: loading, JIT, round trips. Per candidate: its gate, beside the tokens.
-_PER_PROBLEM = 2.5
-_PER_CANDIDATE = 0.35
-#: Seconds per token and candidate: five gate runs and their share of references, dominated by per-step overhead.
-_PER_TOKEN = 2.0e-3
+# Seconds per problem: loading, JIT, round trips. Per candidate: its first calls and gate, beside what follows.
+_PER_PROBLEM = 6.0
+_PER_CANDIDATE = 0.3
+#: Seconds per step and candidate: three references with their bounds, one step of the longest sequence at a time.
+_PER_TOKEN = 1.5e-3
 #: Seconds per byte of state and candidate: inputs are made and compared several times in the gate.
-_PER_STATE_BYTE = 8.0e-9
+_PER_STATE_BYTE = 2.0e-8
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,15 +84,18 @@ class Examiner:
         Raises:
             WorkerError: no worker can be had, or the problem cannot be built.
         """
-        self.progress.stage("gate", len(candidates))
+        self.progress.stage("first calls", len(candidates))
         verdicts: dict[str, Verdict] = {}
         called: dict[str, float] = {}
         for candidate in sorted(candidates, key=lambda c: c.name not in self.protected):
             known = self.resume.verdict(candidate) or self._called(candidate, called)
             if known is not None:
                 verdicts[candidate.name] = self._settled(candidate, known)
+            else:
+                self.progress.advance(f"{candidate.name}: {format_seconds(called[candidate.name])}")
         # The fastest first: what is proven early spares the gate to more of the others.
         waiting = [c for c in candidates if c.name in called]
+        self.progress.stage("gate", len(waiting))
         for candidate in sorted(waiting, key=lambda c: (c.name not in self.protected, called[c.name])):
             proven = sorted(v.first_s for v in verdicts.values() if v.proven and v.first_s is not None)
             verdict = self._spared(candidate, called[candidate.name], proven)

@@ -18,8 +18,9 @@ from ..registry.decision import RejectCode
 from ..registry.spec import OpSpec
 from .measure import Bandwidth, Bench, MeasurePolicy
 from .recipe import Origin, ProblemRecipe, find_backend
+from .threads import WithThreads, torch_threads
 
-__all__ = ["CandidateError", "Session"]
+__all__ = ["CandidateError", "OwnFault", "Session"]
 
 #: Seconds that the first calls of a candidate may take, after the first one.
 _PATIENCE_S = 0.3
@@ -31,6 +32,12 @@ class CandidateError(IsokernError, RuntimeError):
     def __init__(self, code: RejectCode, reason: str) -> None:
         self.reject_code = code
         super().__init__(reason)
+
+
+class OwnFault(IsokernError, RuntimeError):
+    """A failure that is no candidate's. Attribute: ``own_fault``."""
+
+    own_fault = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +162,24 @@ class Session:
         from ..registry.conformance.gate import gate
 
         bound = self._bound[name]
-        with _PeakMemory() as peak:
-            result = gate(
-                self.recipe.op,
-                bound.backend,
-                bound.config,
-                self.recipe.case,
-                seeds=tuple(seeds),
-                adversarial=self.recipe.twin,
-                max_token_heads=max_token_heads,
-                device=self.device,
-            )
+        backend = bound.backend
+        threads = torch.get_num_threads()
+        with torch_threads(1), _PeakMemory() as peak:
+            try:
+                result = gate(
+                    self.recipe.op,
+                    WithThreads(backend, threads) if self.device == "cpu" else backend,
+                    bound.config,
+                    self.recipe.case,
+                    seeds=tuple(seeds),
+                    adversarial=self.recipe.twin,
+                    max_token_heads=max_token_heads,
+                    device=self.device,
+                )
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # what the backend does wrong is in the result; this is the gate's own fault
+                raise OwnFault(f"the gate itself failed: {type(error).__name__}: {error}") from error
         return {
             "code": None if result.code is None else result.code.value,
             "reason": result.reason,

@@ -278,6 +278,7 @@ def run_warmup(
                 else:
                     progress.begin(planned.cases[0], done, todo)
                     with device_lock(plan.device, progress.note):
+                        plan.store.refresh()  # whoever held the lock before may have tuned this very problem
                         reports.append(_tune(plan, planned, workers, progress))
                     done += 1
             if check:

@@ -50,7 +50,7 @@ class Limits:
 
 
 class WorkerError(IsokernError, RuntimeError):
-    """The worker itself does not work: it does not start, or fails the canary. Nothing a candidate did."""
+    """The tuner's own machinery fails: a worker does not start, the canary or the gate breaks. No candidate's fault."""
 
 
 class CandidateFailure(IsokernError, RuntimeError):
@@ -130,6 +130,8 @@ class Worker:
             reason = f"the worker died in {do}: {self._post_mortem()}"
             self.kill()
             raise CandidateFailure(Rejected(RejectCode.CRASH, reason), at, died=True) from None
+        if "fault" in message:
+            raise WorkerError(f"{do}: {message['fault']}")
         if "code" in message:
             raise CandidateFailure(Rejected(RejectCode(message["code"]), message["reason"]), at)
         result = message["result"]

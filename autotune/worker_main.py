@@ -1,7 +1,8 @@
 """The worker's process: ``python -m isokern.autotune.worker_main FD`` serves requests until the other side closes.
 
-Requests are ``{"do": ..., ...}``; answers ``{"result": {...}}`` or ``{"code": ..., "reason": ...}``. A candidate
-that calls ``sys.exit`` ends the process, as it would end an engine's, and the tuner notices.
+Requests are ``{"do": ..., ...}``; answers ``{"result": {...}}``, ``{"code": ..., "reason": ...}`` for what a
+candidate did wrong, or ``{"fault": ...}`` for what isokern itself did. A candidate that calls ``sys.exit`` ends the
+process, as it would end an engine's, and the tuner notices.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def _answer(session: Any, name: str, arguments: Mapping[str, Any], at: Any) -> d
         return _rejected(RejectCode.MEMORY, error)
     except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and the answer says what
         code = getattr(error, "reject_code", None)  # set where the session knows better
+        if getattr(error, "own_fault", False):
+            return {"fault": str(error)}
         text = str(error).lower()
         if any(words in text for words in _OUT_OF_MEMORY):
             code = RejectCode.MEMORY

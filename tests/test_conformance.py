@@ -19,7 +19,7 @@ from isokern.registry.ops.fused_sigmoid_gating.cases import CASES, SCENARIOS, ca
 from isokern.registry.ops.fused_sigmoid_gating.checks import CHECKS
 from isokern.registry.ops.fused_sigmoid_gating.checks.compare import Recipe, exact, near
 from isokern.registry.ops.fused_sigmoid_gating.checks.kwargs import fresh, with_slots
-from isokern.registry.ops.fused_sigmoid_gating.checks.metamorphic import packed_equals_alone
+from isokern.registry.ops.fused_sigmoid_gating.checks.packing import packed_equals_alone
 from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial, bits
 
 OP = "fused_sigmoid_gating"

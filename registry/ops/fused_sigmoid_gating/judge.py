@@ -82,13 +82,16 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
     """
     heads = torch.tensor(ref.heads, dtype=torch.int64)
     faults: list[str] = []
+    # A tree read back through a 16-bit buffer may take the neighbouring value at every jump: an error of the
+    # contract's rounding, inside the bound, that no fixed norm can know.
+    rerounded = call.parents is not None and call.intermediates is not None and call.intermediates.dtype.itemsize < 4
     rows = out.detach().cpu().flatten(0, 1)[:, heads]
-    outputs = _Comparison(dtype_name(out.dtype))
+    outputs = _Comparison(dtype_name(out.dtype), rerounded)
     for x, y in pairwise(ref.offsets):
         outputs.add(rows[x:y].transpose(0, 1), ref.o[x:y].transpose(0, 1), ref.o_bound[x:y].transpose(0, 1))
     outputs.report("output", ratio_limit, faults)
 
-    states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32")
+    states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32", rerounded)
     if call.pool is not None and call.write_slots is not None:
         for n, slot in enumerate(call.write_slots.tolist()):
             if slot >= 0 and ref.offsets[n + 1] > ref.offsets[n]:
@@ -96,7 +99,9 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
                 states.add(_kv(call.pool[slot], heads, call), ref.state[n], bound)
         states.report("state", ratio_limit, faults)
 
-    steps = _Comparison(dtype_name(call.intermediates.dtype) if call.intermediates is not None else "float32")
+    steps = _Comparison(
+        dtype_name(call.intermediates.dtype) if call.intermediates is not None else "float32", rerounded
+    )
     if call.intermediates is not None and ref.steps is not None and ref.steps_bound is not None:
         assert call.intermediate_rows is not None
         for n, row in enumerate(call.intermediate_rows.tolist()):
@@ -118,8 +123,9 @@ def _kv(state: torch.Tensor, heads: torch.Tensor, call: Call) -> torch.Tensor:
 class _Comparison:
     """Running worst case over groups; a group is one sequence, its first axis the heads."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, rerounded: bool) -> None:
         self.dtype = dtype
+        self.rerounded = rerounded  # only the bound applies
         self.limits = LIMITS[dtype]
         self.ratio = 0.0
         self.rel = 0.0
@@ -167,11 +173,12 @@ class _Comparison:
     def report(self, what: str, ratio_limit: float, faults: list[str]) -> None:
         if not self.ratio <= ratio_limit:
             faults.append(f"{what} is {self.ratio:.3g} times its error bound away (limit {ratio_limit:g})")
-        if not self.rel_excess <= 1:
+        if not self.rel_excess <= 1 and not self.rerounded:
             faults.append(
                 f"{what} has relative error {self.rel:.3g} ({self.rel_excess:.3g} times the limit for {self.dtype})"
             )
-        if self.counted >= self.limits.equal_bits_count and self.equal_bits < self.limits.equal_bits:
+        enough = self.counted >= self.limits.equal_bits_count and not self.rerounded
+        if enough and self.equal_bits < self.limits.equal_bits:
             faults.append(
                 f"{what} equals the rounded reference in {100 * self.equal_bits:.2f} % of values "
                 f"(limit {100 * self.limits.equal_bits:g} %)"

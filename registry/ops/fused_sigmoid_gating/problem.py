@@ -19,7 +19,8 @@ Intermediates = Literal["none", "chain", "tree"]
 Strides = Literal["dense", "rows", "any"]
 
 _NOT_TUNED = frozenset(
-    "arch a_dtype b_dtype A_log_dtype dt_bias_dtype index_dtype row_dtype parent_dtype cu_dtype custom_scale custom_softplus".split()
+    "arch a_dtype b_dtype A_log_dtype dt_bias_dtype index_dtype row_dtype parent_dtype cu_dtype "
+    "custom_scale custom_softplus".split()
 )
 
 

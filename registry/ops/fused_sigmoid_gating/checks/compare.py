@@ -20,7 +20,7 @@ from ..validate import canonical_call
 from .kwargs import Kwargs, fresh
 from .trial import Results, Trial
 
-__all__ = ["Recipe", "accurate", "difference", "exact", "judged", "near", "same", "truth"]
+__all__ = ["Recipe", "accurate", "difference", "exact", "exact_for", "judged", "near", "same", "truth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,11 @@ def truth(call: Call, chunk: int | None = None, heads: Sequence[int] | None = No
 def exact(recipe: Recipe, chunk: int | None = None) -> Reference:
     """The truth of a recipe's call; remembered, since every backend and relation asks for the same ones."""
     return truth(canonical_call(**recipe.kwargs()), chunk)
+
+
+def exact_for(subject: Subject, recipe: Recipe) -> Reference:
+    """:func:`exact` with the bound that the subject's config is held to."""
+    return exact(recipe, subject.chunk(recipe.trial(subject).call))
 
 
 def accurate(subject: Subject, recipe: Recipe, limit: float = 1.0) -> float:

@@ -1,27 +1,24 @@
-"""S1 to S7: what a call may touch, and that stale or foreign memory never shows in its results."""
+"""S1 to S4 and S7: what a call may touch, and that stale or foreign memory never shows in its results."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
 import torch
 
-from ....conformance.check import BackendRaised, Examination, Needs, Violation, check
+from ....conformance.check import Examination, Needs, Violation, check
 from ....conformance.subject import Subject
 from ..case import CaseSpec
 from ..cases import BASE, FLOAT32, SCENARIOS
-from ..dtypes import dtype_of
-from ..validate import canonical_call
-from .compare import Recipe, exact, same
-from .kwargs import Kwargs, fresh, offsets_of, with_slots
-from .trial import GUARD_ELEMENTS, Results, Trial
+from .compare import same
+from .kwargs import fresh, offsets_of, with_slots
+from .trial import GUARD_ELEMENTS, Trial
 
 __all__ = ["CHECKS", "large_poison", "poisoned", "untouched"]
+
 
 #: What may be written differs between these: in place, elsewhere, nothing, steps, rows beyond the last offset.
 WRITING_CASES: tuple[CaseSpec, ...] = (
@@ -135,173 +132,6 @@ def _watched(subject: Subject, spec: CaseSpec) -> None:
         trial.run(subject)
 
 
-@check("S5", "threads, their number and calls beside one another change no bit", needs=Needs.CPU, relaxable=True)
-def threads(subject: Subject) -> Iterator[Examination]:
-    wide = FLOAT32.but(name="wide", lengths=(1,) * 24, padded=(), hv=8)
-    for spec in (FLOAT32.but(name="float32"), wide, BASE.but(name="kda", is_kda=True)):
-        yield f"{spec.name}, 1 to 4 threads", partial(_any_threads, subject, spec)
-        yield f"{spec.name}, two calls at once", partial(_at_once, subject, spec)
-
-
-def _any_threads(subject: Subject, spec: CaseSpec) -> float | None:
-    results = []
-    for count in (1, 2, 4):
-        with thread_count(subject, count):
-            results.append(Trial.of(spec, device=subject.device).run(subject))
-    worst = None
-    for other in results[1:]:
-        worst = _same_as(subject, spec, other, results[0]) or worst
-    return worst
-
-
-@contextmanager
-def thread_count(subject: Subject, count: int) -> Iterator[None]:
-    """Run torch, and numba where the backend needs it, on ``count`` threads (numba: at most as many as it runs now)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        if "numba" in subject.backend.requires:
-            import numba
-
-            held = numba.get_num_threads()
-            numba.set_num_threads(min(count, held))
-            try:
-                yield
-            finally:
-                numba.set_num_threads(held)
-        else:
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _at_once(subject: Subject, spec: CaseSpec) -> float | None:
-    """Two Python threads, each with a call of its own, must not see each other."""
-    seeds = (0, 1)
-    alone = [Trial.of(spec, seed, subject.device).run(subject) for seed in seeds]
-    trials = [[Trial.of(spec, seed, subject.device) for _ in range(4)] for seed in seeds]
-    got: list[list[Results]] = [[], []]
-    raised: list[BackendRaised | Violation] = []
-    together = threading.Barrier(len(seeds))
-
-    def work(which: int) -> None:
-        together.wait()
-        try:
-            for trial in trials[which]:
-                got[which].append(trial.run(subject))
-        except (BackendRaised, Violation) as error:
-            raised.append(error)
-
-    workers = [threading.Thread(target=work, args=(which,)) for which in range(len(seeds))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if raised:
-        raise raised[0]
-    worst = None
-    for which, want in enumerate(alone):
-        for one in got[which]:
-            worst = _same_as(subject, spec, one, want, seeds[which]) or worst
-    return worst
-
-
-def _same_as(subject: Subject, spec: CaseSpec, got: Results, want: Results, seed: int = 0) -> float | None:
-    recipe = Recipe(spec, seed)
-    return same(subject, "S5", got, want, lambda: exact(recipe, subject.chunk(recipe.trial(subject).call)))
-
-
-@check("S5E", "no schedule of the kernel's threads changes a bit", needs=Needs.ENGINE, relaxable=True)
-def schedules(subject: Subject) -> Iterator[Examination]:
-    for spec in (FLOAT32.but(name="float32"), BASE.but(name="kda", is_kda=True)):
-        yield spec.name, partial(_any_schedule, subject, spec)
-
-
-def _any_schedule(subject: Subject, spec: CaseSpec) -> float | None:
-    assert subject.engine is not None
-    recipe = Recipe(spec)
-    trial = recipe.trial(subject)
-    want = trial.run(subject)
-    for name, active in subject.engine.schedules():
-        with active():
-            got = Trial.of(spec, device=subject.device).run(subject)
-        try:
-            same(subject, "S5E", got, want, lambda: exact(recipe, subject.chunk(trial.call)))
-        except Violation as violation:
-            raise Violation(f"schedule {name}: {violation}") from None
-    return None
-
-
-@check("S6", "offsets beyond 2**31 elements", needs=Needs.CPU)
-def wide_offsets(subject: Subject) -> Iterator[Examination]:
-    spec = CaseSpec("far", (3, 2), h=1, hv=2, k=32, v=24, state_dtype="bfloat16")
-    for index in ("int32", "int64"):
-        yield f"slots beyond 2**31, {index}", partial(_far_slots, subject, spec.but(index_dtype=index))
-    yield "slot stride beyond 2**31, vk", partial(_far_slot_stride, subject, spec.but(state_layout="vk"))
-    for name in ("q", "k", "v", "a", "b", "out"):
-        yield f"token stride of {name}", partial(_far_tokens, subject, spec, name)
-
-
-#: A storage of so many 16-bit elements is 5 GB of addresses, of which only the touched pages become memory.
-_FAR = 5 * 2**29
-
-
-def _far_slots(subject: Subject, spec: CaseSpec) -> float | None:
-    """The last slots of a pool of more than 2**31 elements."""
-    kwargs = fresh(spec, device=subject.device)
-    want = Trial(fresh(spec, device=subject.device)).run(subject)
-    pool, slots = kwargs["initial_state_source"], kwargs["initial_state_indices"]
-    size = pool[0].numel()
-    count = _FAR // size
-    far = torch.empty(_FAR, dtype=pool.dtype)[: count * size].view(count, *pool.shape[1:])
-    moved = [count - 1 - n for n in range(len(slots))]
-    for n, slot in enumerate(moved):
-        far[slot] = pool[int(slots[n])]
-    return _far_run(subject, {**with_slots(kwargs, moved), "initial_state_source": far}, want)
-
-
-def _far_slot_stride(subject: Subject, spec: CaseSpec) -> float | None:
-    """Few slots, far apart: the slot stride, and not the slot number, makes the offset large."""
-    kwargs = fresh(spec, device=subject.device)
-    want = Trial(fresh(spec, device=subject.device)).run(subject)
-    pool, slots = kwargs["initial_state_source"], kwargs["initial_state_indices"]
-    stride = 2**30 + 64
-    inner = pool[0].stride()
-    far = torch.empty(_FAR, dtype=pool.dtype).as_strided((3, *pool.shape[1:]), (stride, *inner))
-    for n, slot in enumerate((2, 1)):
-        far[slot] = pool[int(slots[n])]
-    return _far_run(subject, {**with_slots(kwargs, (2, 1)), "initial_state_source": far}, want)
-
-
-def _far_tokens(subject: Subject, spec: CaseSpec, name: str) -> float | None:
-    """A token stride that puts the last tokens beyond 2**31 elements."""
-    kwargs = fresh(spec, device=subject.device)
-    want = Trial(fresh(spec, device=subject.device)).run(subject)
-    near = kwargs["v"] if name == "out" else kwargs[name]
-    stride = 2**29 + 64
-    inner = near[0, 0].stride()
-    span = stride * (near.shape[1] - 1) + near[0, 0].numel()
-    far = torch.empty(span, dtype=dtype_of(spec.io_dtype)).as_strided(near.shape, (span, stride, *inner))
-    if name != "out":
-        far.copy_(near)
-    return _far_run(subject, {**kwargs, name: far}, want)
-
-
-def _far_run(subject: Subject, kwargs: Kwargs, want: Results) -> float | None:
-    """Run on storages too large to be remembered, so only values are compared."""
-    call = canonical_call(**kwargs)
-    if call.out is None:
-        call.out = torch.empty(call.v.shape, dtype=call.q.dtype)
-    subject.run(call)
-    assert call.pool is not None
-    assert call.write_slots is not None
-    states = [call.pool[slot] for slot in call.write_slots.tolist()]
-    if call.state_layout == "vk":
-        states = [state.transpose(-1, -2) for state in states]
-    got = Results(call.out.flatten(0, 1).clone(), tuple(s.clone() for s in states), (None,) * call.n)
-    return same(subject, "S6", got, want)
-
-
 @check("S7", "no sequence, no token: valid, and nothing is written")
 def nothing_to_do(subject: Subject) -> Iterator[Examination]:
     empty = BASE.but(lengths=(), padded=())
@@ -331,8 +161,5 @@ CHECKS = (
     same_pointers,
     surroundings,
     watched_addresses,
-    threads,
-    schedules,
-    wide_offsets,
     nothing_to_do,
 )

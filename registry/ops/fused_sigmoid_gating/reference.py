@@ -16,7 +16,8 @@ error already made; what remains is the sum of the local rounding errors. With u
 ``c_g``, ``c_beta``, ``c_n`` are the relative errors, in units of u, of the decay, of beta and of a normalised
 vector; ``d = h'^T k``. Chunked forms evaluate the same sums from their parts (the state at the start of the chunk,
 and each earlier token of the chunk), so cancellation between the parts is rounded too: there ``|h'|`` is replaced
-by the majorant ``M' = sum of |parts|`` and the decays' errors accumulate over the chunk in ``F``.
+by the majorant ``M' = sum of |parts|`` and the decays' errors accumulate over the chunk in ``F``. All bounds include
+what underflow may do, :data:`UNDERFLOW`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from .gates import beta_of, log_decay, normalise
 __all__ = ["Reference", "reference"]
 
 U32 = 2.0**-24
+#: Below 2**-126 float32 has no relative accuracy, and a GPU may flush to zero; a sum of K terms, or a gate times a
+#: value, carries up to about 256 such errors.
+UNDERFLOW = 2.0**-118
 F64 = torch.float64
 
 
@@ -131,7 +135,13 @@ def reference(
 
     back = torch.empty(n, dtype=torch.int64)
     back[torch.tensor(order, dtype=torch.int64)] = torch.arange(n)
-    return Reference(chosen, offsets, o, o_bound, h[back], error[back], steps, steps_bound)
+    for bound in (o_bound, steps_bound):
+        if bound is not None:
+            bound[: offsets[-1]] += UNDERFLOW
+    run = torch.tensor([length > 0 for length in lengths], dtype=torch.bool)  # an empty sequence keeps its bits
+    state_bound = error[back]
+    state_bound[run] += UNDERFLOW
+    return Reference(chosen, offsets, o, o_bound, h[back], state_bound, steps, steps_bound)
 
 
 def _cpu(tensor: torch.Tensor | None) -> torch.Tensor:

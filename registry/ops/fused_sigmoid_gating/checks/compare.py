@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -39,20 +39,9 @@ class Recipe:
         return Trial(self.kwargs(subject.device))
 
 
-#: Below 2**-126 float32 has no relative accuracy, and a GPU may flush to zero; a sum of K terms, or a gate times
-#: a value, carries up to about 256 such errors.
-UNDERFLOW = 2.0**-118
-
-
 def truth(call: Call, chunk: int | None = None, heads: Sequence[int] | None = None) -> Reference:
-    """The reference of a call that has not run yet, its bounds widened by what underflow may do."""
-    ref = reference(call, heads=heads, chunk=chunk)
-    return replace(
-        ref,
-        o_bound=ref.o_bound + UNDERFLOW,
-        state_bound=ref.state_bound + UNDERFLOW,
-        steps_bound=None if ref.steps_bound is None else ref.steps_bound + UNDERFLOW,
-    )
+    """The reference of a call that has not run yet."""
+    return reference(call, heads=heads, chunk=chunk)
 
 
 @lru_cache(maxsize=192)

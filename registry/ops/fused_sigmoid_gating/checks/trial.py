@@ -12,6 +12,7 @@ import torch
 from ....conformance.check import Violation
 from ....conformance.subject import Subject
 from ....decision import RejectCode
+from ....varlen.layout import SequenceLayout
 from ..call import Call
 from ..case import CaseSpec
 from ..validate import canonical_call
@@ -69,8 +70,19 @@ class Trial:
     def run(self, subject: Subject, poison: float = math.nan) -> Results:
         """Run the backend on the call. Raises as ``Subject.run``."""
         self.poison = poison
+        self._lend_lengths(subject)
         subject.run(self.call, poison)
         return self.results()
+
+    def _lend_lengths(self, subject: Subject) -> None:
+        """A backend that needs the lengths on the host gets them as its users must give them, in a SequenceLayout."""
+        call = self.call
+        if call.lengths_on_host or subject.verdict(call.problem()):
+            return
+        assert call.cu_seqlens is not None
+        with_lengths = call.replace(layout=SequenceLayout.from_cu_seqlens(call.cu_seqlens))
+        if subject.verdict(with_lengths.problem()):
+            self.call = with_lengths
 
     def results(self) -> Results:
         call = self.call

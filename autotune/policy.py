@@ -52,9 +52,7 @@ class ScreenPolicy:
         _require(self.first_samples >= 1, "first_samples", "at least 1", self.first_samples)
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
         _require(self.drop_ratio > 1.0, "drop_ratio", "more than 1", self.drop_ratio)
-        _require(
-            self.abandon_ratio >= self.drop_ratio, "abandon_ratio", "drop_ratio or more", self.abandon_ratio
-        )
+        _require(self.abandon_ratio >= self.drop_ratio, "abandon_ratio", "drop_ratio or more", self.abandon_ratio)
         _require(self.abandon_calls >= 1, "abandon_calls", "at least 1", self.abandon_calls)
 
 
@@ -175,9 +173,7 @@ class MeasurePolicy:
         _require(self.min_sample_us > 0.0, "min_sample_us", "a positive number", self.min_sample_us)
         _require(self.flush_l2 >= 1.0, "flush_l2", "at least 1", self.flush_l2)
         _require(self.rotate_l2 >= 1.0, "rotate_l2", "at least 1", self.rotate_l2)
-        _require(
-            0.0 < self.floor_tolerance <= 1.0, "floor_tolerance", "above 0, at most 1", self.floor_tolerance
-        )
+        _require(0.0 < self.floor_tolerance <= 1.0, "floor_tolerance", "above 0, at most 1", self.floor_tolerance)
 
     def launches_per_sample(self, launch_s: float) -> int:
         """How many launches of ``launch_s`` seconds make one sample long enough."""

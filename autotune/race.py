@@ -177,9 +177,7 @@ class Race:
         checked = {name: checked_seconds(name, t) for name, t in times.items()}
         wall = sum(checked.values()) if wall_s is None else checked_seconds("wall clock", wall_s)
         sentinel = None if sentinel_s is None else checked_seconds("sentinel", sentinel_s)
-        self._events.append(
-            {"times": checked, "wall_s": wall, "sentinel_s": sentinel, "disturbed": bool(disturbed)}
-        )
+        self._events.append({"times": checked, "wall_s": wall, "sentinel_s": sentinel, "disturbed": bool(disturbed)})
         self._attempts += 1
         self.wall_s += wall
         kept = not disturbed and (sentinel is None or self._sentinel.steady(sentinel))
@@ -310,8 +308,7 @@ class Race:
             first, rivals = self.survivors[0], self.survivors[1:]
             tail = self.promotion.significance / len(rivals)
             if all(
-                self.table.proven_slower(r, first, -self._forgiven_log(first, r), tail, self.survivors)
-                for r in rivals
+                self.table.proven_slower(r, first, -self._forgiven_log(first, r), tail, self.survivors) for r in rivals
             ):
                 self.stop = Stop.SETTLED
             elif len(self.table) == self.policy.max_blocks:

@@ -54,9 +54,7 @@ class TimingError(IsokernError, ValueError):
     def __init__(self, candidate: str, seconds: object) -> None:
         self.candidate = candidate
         self.seconds = seconds
-        super().__init__(
-            f"candidate {candidate!r}: a timing must be positive finite seconds, given {seconds!r}"
-        )
+        super().__init__(f"candidate {candidate!r}: a timing must be positive finite seconds, given {seconds!r}")
 
 
 def checked_seconds(candidate: str, seconds: float) -> float:
@@ -101,9 +99,7 @@ def t_quantile(upper_tail: float, degrees: float) -> float:
     With t = sqrt(degrees) / tan(psi) the tail is a constant times the integral of sin(psi)**(degrees - 1).
     """
     if not (0.0 < upper_tail < 0.5 and degrees >= 1.0):
-        raise ValueError(
-            f"t_quantile: no quantile for tail {upper_tail!r} with {degrees!r} degrees of freedom"
-        )
+        raise ValueError(f"t_quantile: no quantile for tail {upper_tail!r} with {degrees!r} degrees of freedom")
     if degrees > 500.0:  # a Gaussian within 0.3 %, where the grid below gets too coarse
         return NormalDist().inv_cdf(1.0 - upper_tail)
     constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
@@ -156,9 +152,7 @@ class LogEstimate:
         return t_quantile(tail, self.degrees) * self.stderr
 
 
-def log_estimate(
-    differences: NDArray[np.float64], *, sigma_floor: float = 0.0, pooled: int = 1
-) -> LogEstimate:
+def log_estimate(differences: NDArray[np.float64], *, sigma_floor: float = 0.0, pooled: int = 1) -> LogEstimate:
     """Median of ``differences`` with a standard error from their MAD.
 
     Args:
@@ -211,9 +205,7 @@ class BlockTable:
     def compare(self, a: str, b: str, among: Collection[str]) -> LogEstimate:
         """How much slower ``a`` is than ``b``; ``among`` are the candidates whose noise counts as typical."""
         differences = self.differences(a, b)
-        scales = [
-            mad_sigma(d) for d in (self.differences(c, b) for c in among if c != b) if len(d) >= MIN_PAIRS
-        ]
+        scales = [mad_sigma(d) for d in (self.differences(c, b) for c in among if c != b) if len(d) >= MIN_PAIRS]
         # Two roundings to the quantum, each uniform with standard deviation quantum / sqrt(12).
         floor = self.resolution / math.sqrt(6.0)
         if scales:

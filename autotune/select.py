@@ -208,8 +208,6 @@ class _Chooser:
             slower = self._compare(candidate, leader)
             # However noisy, nobody is a tie whose estimate alone would justify a promotion over it.
             if slower.low(self.policy.significance) <= self.tie and slower.centre <= self.clear:
-                text = (
-                    f"tie with the fastest ({leader}, by {percent(slower.centre)}): {candidate} comes first"
-                )
+                text = f"tie with the fastest ({leader}, by {percent(slower.centre)}): {candidate} comes first"
                 return candidate, ChoiceRule.TIE_ORDER, text
         raise AssertionError("the leader is eligible")

@@ -62,9 +62,7 @@ class CandidateRecord:
         if self.status == "ok" and self.code is not None:
             raise InvalidRecordError(f"candidate {self.backend!r} is ok and carries the code {self.code!r}")
         if self.status == "rejected" and self.code not in _reject_codes():
-            raise InvalidRecordError(
-                f"candidate {self.backend!r} is rejected with an unknown code {self.code!r}"
-            )
+            raise InvalidRecordError(f"candidate {self.backend!r} is rejected with an unknown code {self.code!r}")
         if self.median_us is not None:
             number("median_us", self.median_us)
         for sample in self.samples_us:

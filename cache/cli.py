@@ -81,9 +81,7 @@ def _writable(store: Store) -> Layer:
     return store.writable_layer
 
 
-def _select(
-    store: Store, op: str | None = None, layer: str | None = None, environment: str = ""
-) -> list[Located]:
+def _select(store: Store, op: str | None = None, layer: str | None = None, environment: str = "") -> list[Located]:
     return [
         item
         for item in store.entries()
@@ -96,9 +94,7 @@ def _select(
 def _find(store: Store, reference: str) -> list[Located]:
     """Entries by ``[ENVIRONMENT_PREFIX/]KEY_PREFIX``, all of one key."""
     environment, _, prefix = reference.rpartition("/")
-    found = [
-        item for item in _select(store, environment=environment) if item.entry.key_hash.startswith(prefix)
-    ]
+    found = [item for item in _select(store, environment=environment) if item.entry.key_hash.startswith(prefix)]
     keys = sorted({item.entry.key_hash for item in found})
     if not found:
         raise StoreError(f"no entry's key hash starts with {reference!r}")

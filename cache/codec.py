@@ -66,9 +66,7 @@ def parse(text: str | bytes) -> Any:
 
 def seal(kind: str, body: Mapping[str, Any]) -> str:
     """The file text, one line, for ``body``."""
-    return (
-        canonical({"schema": SCHEMA, "kind": kind, "checksum": digest(body, 64), "body": dict(body)}) + "\n"
-    )
+    return canonical({"schema": SCHEMA, "kind": kind, "checksum": digest(body, 64), "body": dict(body)}) + "\n"
 
 
 def unseal(kind: str, text: str | bytes) -> dict[str, Any]:

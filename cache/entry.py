@@ -210,9 +210,7 @@ def _check_measured(measured: Mapping[str, Any]) -> None:
     if unknown:
         raise InvalidRecordError(f"measured: missing or unknown field(s) {', '.join(sorted(unknown))}")
     if measured["policy"] not in _POLICIES:
-        raise InvalidRecordError(
-            f"measured.policy: expected one of {_POLICIES}, given {measured['policy']!r}"
-        )
+        raise InvalidRecordError(f"measured.policy: expected one of {_POLICIES}, given {measured['policy']!r}")
     for name in ("method", "isokern", "created"):
         read(measured, name, str)
     read(measured, "launches", int)

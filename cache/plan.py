@@ -88,9 +88,7 @@ class Plan:
             for choice in sorted(self.choices, key=lambda choice: canonical(choice.to_dict())):
                 other = by_key.setdefault(choice.key_hash, choice)
                 if other is not choice:
-                    raise PlanError(
-                        f"two choices for one key of op {choice.op!r}: {other.label} and {choice.label}"
-                    )
+                    raise PlanError(f"two choices for one key of op {choice.op!r}: {other.label} and {choice.label}")
             contents = [self.environment.hash, [choice.to_dict() for choice in by_key.values()]]
             object.__setattr__(self, "content_hash", digest(contents))
         except InvalidRecordError as error:
@@ -138,9 +136,7 @@ class Plan:
         """Raise PlanError, naming each field that differs, if the plan was made for another environment."""
         unlike = self.environment.diff(environment)
         if unlike:
-            fields = "; ".join(
-                f"{name}: plan {mine!r}, here {here!r}" for name, (mine, here) in unlike.items()
-            )
+            fields = "; ".join(f"{name}: plan {mine!r}, here {here!r}" for name, (mine, here) in unlike.items())
             raise PlanError(f"plan {self.content_hash} was made for another environment ({fields})")
 
     def save(self, path: Path | str) -> None:

@@ -98,9 +98,7 @@ class Store:
             refused.append(f"{found.layer_name}: the chosen backend {entry.backend!r} {what}")
         return Miss("; ".join(refused) or f"no entry in {', '.join([MEMORY, *self._names()])}")
 
-    def peek(
-        self, op: str, contract_version: int, key: Mapping[str, Scalar], environment: Environment
-    ) -> Entry | None:
+    def peek(self, op: str, contract_version: int, key: Mapping[str, Scalar], environment: Environment) -> Entry | None:
         """The entry whatever its fingerprints, for a re-tune that reuses ``entry.fresh_candidates(...)``."""
         found = next(self._candidates(op, contract_version, key, environment), None)
         return found.entry if found else None
@@ -120,9 +118,7 @@ class Store:
             path = self.writable_layer.write(entry, environment)
         except OSError as error:
             self._memory[identity] = (entry, environment)
-            self._warn_once(
-                ("write",), f"cannot write the store ({error}); new entries last as long as this process"
-            )
+            self._warn_once(("write",), f"cannot write the store ({error}); new entries last as long as this process")
             return None
         self._memory.pop(identity, None)
         self._read[path] = entry
@@ -148,9 +144,7 @@ class Store:
                 if wanted in (None, name):
                     yield from self._entries_in(layer, name)
 
-    def nearest(
-        self, op: str, key: Mapping[str, Scalar], environment: Environment | None = None
-    ) -> Nearest | None:
+    def nearest(self, op: str, key: Mapping[str, Scalar], environment: Environment | None = None) -> Nearest | None:
         """The entry of ``op`` with the fewest key fields unlike ``key``; among equals the one whose numbers
         are closest (by ratio), then the first in :meth:`entries`. None if the op has no entry."""
         return closest((found for found in self.entries(environment) if found.entry.op == op), key)

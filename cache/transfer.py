@@ -97,9 +97,7 @@ def load_bundle(path: Path) -> list[Parcel]:
         raise StoreError(f"{path}: no such file")
     try:
         body = unseal("bundle", data)
-        environments = {
-            name: _environment(name, record) for name, record in read(body, "environments", dict).items()
-        }
+        environments = {name: _environment(name, record) for name, record in read(body, "environments", dict).items()}
         records = read(body, "entries", list)
     except InvalidRecordError as error:
         raise StoreError(f"{path}: {error}") from error

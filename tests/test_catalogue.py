@@ -1,6 +1,7 @@
 """The model catalogue: the shipped data, tensor-parallel splits, names, and what a broken file says."""
 
 import pytest
+
 from isokern.errors import CatalogueError, UnknownNameError
 from isokern.registry.ops.fused_sigmoid_gating.catalogue import (
     Confidence,

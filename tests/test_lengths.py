@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isokern.errors import ArgumentValueError
 from isokern.registry.ops.fused_sigmoid_gating.lengths import (
     CODE_TRACE,

@@ -9,6 +9,7 @@ import torch
 
 from isokern.backends.torch_native import chunked_grad, precision, triangular
 from isokern.backends.torch_native.backends import TorchChunked, TorchReference, TorchVectorized
+from isokern.backends.torch_native.budget import block_bytes
 from isokern.backends.torch_native.chunked import run_chunked
 from isokern.backends.torch_native.precision import full_precision
 from isokern.backends.torch_native.reference import run_reference
@@ -330,6 +331,15 @@ def test_no_tensor_grows_with_the_batch(run, strides):
         run(call)
     assert 0 < largest.bytes <= 72 << 10
     assert call.q.numel() * call.q.element_size() > 72 << 10  # the smallest of the large inputs
+
+
+def test_a_block_never_works_in_more_than_a_share_of_the_call():
+    small = canonical_call(**make_inputs(BASE).kwargs)
+    assert block_bytes(small, 64) == 64 << 10
+    assert block_bytes(small, 1 << 20) == 2 << 20  # the floor
+    large = canonical_call(**make_inputs(BASE.but(lengths=(1,) * 64, padded=(), k=128, v=128)).kwargs)
+    held = sum(t.numel() * t.element_size() for t in large.tensors().values())
+    assert 2 << 20 < block_bytes(large, 1 << 20) <= held / 5
 
 
 def test_heads_of_a_block_name_their_key_heads():

@@ -189,10 +189,13 @@ def test_after_a_death_the_next_request_has_a_fresh_worker(worker):
     assert worker.spawned == before + 1
 
 
-def test_a_worker_does_not_outlive_its_tuner():
+def test_a_worker_does_not_outlive_its_tuner_even_while_a_candidate_hangs():
     code = (
-        "import os\nfrom isokern.autotune.worker import Worker\n"
-        "w = Worker()\nw.request('unload', 60)\nprint(w.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+        "import os, threading\nfrom isokern.autotune.worker import Worker\n"
+        f"w = Worker()\nw.request('load', 60, problem={RECIPE.to_dict()!r})\n"
+        f"w.request('bind', 60, **{candidate('Hangs', 'hangs')!r})\nprint(w.pid, flush=True)\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()\n"
+        "w.request('first_call', 60, name='hangs', calls=2)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     pid = int(done.stdout)

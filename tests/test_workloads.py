@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isokern.errors import ArgumentValueError, WorkloadError
 from isokern.registry.ops.fused_sigmoid_gating.catalogue import catalogue, model
 from isokern.registry.ops.fused_sigmoid_gating.lengths import LengthKind, LengthLayout, parse_lengths

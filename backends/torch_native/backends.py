@@ -11,6 +11,7 @@ from typing import ClassVar
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .budget import largest_block
 
 __all__ = ["TorchChunked", "TorchReference", "TorchVectorized"]
 
@@ -18,18 +19,14 @@ _HOST_LENGTHS = "needs the lengths on the host: pass cu_seqlens as a SequenceLay
 _OP = Path(__file__).parents[2] / "registry" / "ops" / "fused_sigmoid_gating"
 
 
-#: Share of inputs, output and pool that a block's working memory may come to, beside the smallest size offered.
-_MEMORY_SHARE = 0.18
-
-
-def _affordable(sizes: Sequence[int], problem: Problem) -> tuple[int, ...]:
-    """The block sizes (KiB) that stay within ``_MEMORY_SHARE`` of the least this problem can hold; at least one."""
+def _distinct(sizes: Sequence[int], problem: Problem) -> tuple[int, ...]:
+    """The block sizes (KiB) below which this problem's own size cuts blocks anyway; at least the first."""
     io, state = (4 if d == "float32" else 8 if d == "float64" else 2 for d in (problem.io_dtype, problem.state_dtype))
-    tokens, n = (bucket // 2 + 1 for bucket in (problem.profile.tokens, problem.profile.n))  # a bucket's least
+    tokens, n = problem.profile.tokens, problem.profile.n  # a bucket's largest, with an output and twice the slots
     held = 2 * io * tokens * (problem.h * problem.k + problem.hv * problem.v)
     if problem.state_dtype is not None:
-        held += state * n * problem.hv * problem.k * problem.v
-    return tuple(kib for kib in sizes if kib << 10 <= _MEMORY_SHARE * held) or (min(sizes),)
+        held += 2 * state * n * problem.hv * problem.k * problem.v
+    return tuple(kib for kib in sizes if kib << 10 <= largest_block(held)) or sizes[:1]
 
 
 class _TorchNative(Backend):
@@ -87,7 +84,7 @@ class TorchVectorized(_TorchNative):
 
     def configs(self, problem: Problem) -> Sequence[Config]:
         sizes = (2048, 4096, 1024, 8192) if problem.device == "cpu" else (65536, 16384, 262144)
-        return tuple(Config.of(block_kib=kib) for kib in _affordable(sizes, problem))
+        return tuple(Config.of(block_kib=kib) for kib in _distinct(sizes, problem))
 
     def bind(self, problem: Problem, config: Config) -> Runner:
         from .vectorized import run_vectorized
@@ -121,7 +118,7 @@ class TorchChunked(_TorchNative):
 
     def configs(self, problem: Problem) -> Sequence[Config]:
         on_cpu = problem.device == "cpu"
-        sizes = _affordable((4096, 8192, 2048) if on_cpu else (65536, 262144), problem)
+        sizes = _distinct((4096, 8192, 2048) if on_cpu else (65536, 262144), problem)
         chunks: tuple[int, ...] = (32, 64, 128, 16) if on_cpu else (64, 32, 128, 16)
         longest = problem.profile.longest
         if longest is not None:

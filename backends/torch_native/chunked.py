@@ -15,6 +15,7 @@ import torch
 
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.gates import normalise
+from .budget import block_bytes
 from .chunk_terms import gdn_terms
 from .chunk_terms_kda import kda_terms
 from .precision import full_precision
@@ -50,7 +51,7 @@ def run_chunked(call: Call, chunk: int, block_kib: int, slots_on_host: bool | No
     slots_on_host = not call.q.is_cuda if slots_on_host is None else slots_on_host
     read = Slots.of(call.read_slots, sequences, slots_on_host)
     write = Slots.of(call.write_slots, sequences, slots_on_host)
-    states = (block_kib << 10) // state_bytes(call, chunk, compute)
+    states = block_bytes(call, block_kib) // state_bytes(call, chunk, compute)
     with torch.no_grad(), full_precision(call.q.device):
         for block in blocks(sequences, call.hv, call.hv // call.h, states):
             _run_block(call, sequences, block, chunk, read, write, out)

@@ -11,6 +11,7 @@ import torch
 
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.gates import normalise
+from .budget import block_bytes
 from .precision import full_precision
 from .rows import BlockRows, Window
 from .sequences import Block, Heads, Sequences, blocks
@@ -45,7 +46,7 @@ def run_vectorized(
         Slots.of(call.intermediate_rows, sequences, slots_on_host),
         None if call.parents is None else sequences.in_order(call.parents).to(torch.int64),
     )
-    states = (block_kib << 10) // (call.key_dim * call.value_dim * compute.itemsize)
+    states = block_bytes(call, block_kib) // (call.key_dim * call.value_dim * compute.itemsize)
     with torch.no_grad(), full_precision(call.q.device):
         for block in blocks(sequences, call.hv, call.hv // call.h, states):
             _BlockRun(call, sequences, block, indices, compute).run(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,7 @@ def _clone(value: Any) -> Any:
 def make_inputs(spec: CaseSpec, seed: int | None = None, device: torch.device | str = "cpu") -> Inputs:
     """Make up the call ``spec`` describes. Same spec and seed give the same bits on every device."""
     g = torch.Generator().manual_seed(spec.seed if seed is None else seed)
-    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
+    randn, rand = partial(torch.randn, generator=g), partial(torch.rand, generator=g)
     n, tokens = spec.n, spec.tokens + (spec.extra_rows if spec.varlen else 0)
     gate = (spec.hv, spec.k) if spec.is_kda else (spec.hv,)
 
@@ -156,7 +156,7 @@ def _packed_row(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     row = torch.cat([*flat, torch.full_like(flat[0][..., :3], float("nan"))], dim=-1)
     views, at = {}, 0
     for (name, t), f in zip(parts.items(), flat, strict=True):
-        views[name] = row[..., at : at + f.shape[-1]].unflatten(-1, t.shape[2:])
+        views[name] = row[..., at : at + f.shape[-1]].unflatten(-1, t.shape[2:])  # type: ignore[no-untyped-call]
         at += f.shape[-1]
     return views
 
@@ -183,7 +183,7 @@ def _state(
     values = values.to(dtype).to(device)
     if spec.strides == "rows":  # slots further apart than a state: other layers' caches lie between
         storage = torch.zeros(values.shape[0], values[0].numel() + 24, dtype=dtype, device=device)
-        view = storage[:, : values[0].numel()].unflatten(1, inner)
+        view = storage[:, : values[0].numel()].unflatten(1, inner)  # type: ignore[no-untyped-call]
         values = view.copy_(values)
     elif spec.strides == "any":
         values = _every_other(values)

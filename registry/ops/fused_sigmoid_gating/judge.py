@@ -153,14 +153,14 @@ class _Comparison:
         self._relative(value, exact, target)
 
     def _relative(self, value: torch.Tensor, exact: torch.Tensor, target: torch.Tensor) -> None:
-        flat = lambda t: t.flatten(1)  # noqa: E731
-        finite = torch.isfinite(flat(target)).all(-1)
-        norm = flat(exact).norm(dim=-1)
+        value, exact, target = value.flatten(1), exact.flatten(1), target.flatten(1)
+        finite = torch.isfinite(target).all(-1)
+        norm = exact.norm(dim=-1)
         usable = finite & (norm > 1e-30)
         if not bool(usable.any()):
             return
-        error = (flat(value) - flat(exact)).norm(dim=-1)[usable] / norm[usable]
-        floor = (flat(target) - flat(exact)).norm(dim=-1)[usable] / norm[usable]
+        error = (value - exact).norm(dim=-1)[usable] / norm[usable]
+        floor = (target - exact).norm(dim=-1)[usable] / norm[usable]
         allowed = torch.maximum(torch.full_like(floor, self.limits.rel_l2), 1.05 * floor)
         self.rel = max(self.rel, math.inf if bool(torch.isnan(error).any()) else float(error.max()))
         excess = error / allowed

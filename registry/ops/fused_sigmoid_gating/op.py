@@ -121,12 +121,13 @@ class FusedSigmoidGating:
         cu: torch.Tensor | None = None
         offsets: tuple[int, ...] | None = None
         lengths: Hashable = None
-        if cu_seqlens is not None:
-            if isinstance(cu_seqlens, SequenceLayout):
-                layout, cu = cu_seqlens, cu_seqlens.cu_seqlens
+        given: object = cu_seqlens  # callers pass what they like
+        if given is not None:
+            if isinstance(given, SequenceLayout):
+                layout, cu = given, given.cu_seqlens
                 lengths = (layout.n, layout.tokens, layout.longest)
-            elif isinstance(cu_seqlens, torch.Tensor):
-                cu = cu_seqlens
+            elif isinstance(given, torch.Tensor):
+                cu = given
                 if not cu.is_cuda and cu.dim() == 1 and cu.device.type == "cpu":
                     offsets = tuple(cu.tolist())
                     check_offsets(offsets)

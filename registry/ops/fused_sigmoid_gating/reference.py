@@ -160,11 +160,15 @@ def _start_states(call: Call, index: torch.Tensor, n: int) -> torch.Tensor:
     return start
 
 
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """``[B, T, ...]`` to ``[tokens, ...]``, float64 on the CPU."""
+    return _cpu(tensor).to(F64).flatten(0, 1)
+
+
 def _gates(call: Call, index: torch.Tensor, chunk: int | None) -> _Gates:
-    flat = lambda t: _cpu(t).to(F64).flatten(0, 1)  # noqa: E731  [B, T, ...] -> [tokens, ...]
     group = index // (call.hv // call.h)
-    q, k, v = flat(call.q)[:, group], flat(call.k)[:, group], flat(call.v)[:, index]
-    a, b = flat(call.a)[:, index], flat(call.b)[:, index]
+    q, k, v = _flat(call.q)[:, group], _flat(call.k)[:, group], _flat(call.v)[:, index]
+    a, b = _flat(call.a)[:, index], _flat(call.b)[:, index]
     A_log, bias = _cpu(call.A_log).to(F64)[index], _cpu(call.dt_bias).to(F64)[index]
     if call.is_kda:
         A_log = A_log[:, None]

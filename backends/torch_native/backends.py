@@ -26,7 +26,7 @@ def _distinct(sizes: Sequence[int], problem: Problem) -> tuple[int, ...]:
     held = 2 * io * tokens * (problem.h * problem.k + problem.hv * problem.v)
     if problem.state_dtype is not None:
         held += 2 * state * n * problem.hv * problem.k * problem.v
-    return tuple(kib for kib in sizes if kib << 10 <= largest_block(held)) or sizes[:1]
+    return tuple(kib for kib in sizes if kib << 10 <= largest_block(held)) or tuple(sizes[:1])
 
 
 class _TorchNative(Backend):

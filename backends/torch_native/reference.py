@@ -23,7 +23,6 @@ def run_reference(call: Call) -> torch.Tensor:
     stored = call.intermediate_rows.tolist() if call.intermediate_rows is not None else [-1] * call.n
     parents = call.parents.tolist() if call.parents is not None else None
     outputs: dict[int, torch.Tensor] = {}
-    finals: list[tuple[int, torch.Tensor]] = []
     for n in range(call.n):
         first, last = offsets[n], offsets[n + 1]
         if first == last:
@@ -38,10 +37,9 @@ def run_reference(call: Call) -> torch.Tensor:
             outputs[first + t] = o
             if call.intermediates is not None and stored[n] >= 0:
                 _orient(call.intermediates[stored[n], t], call).copy_(state)
-        finals.append((write[n], state))
-    for slot, state in finals:
-        if call.pool is not None and slot >= 0:
-            _orient(call.pool[slot], call).copy_(state.detach())
+        # At once: no sequence reads a slot that another writes, and N states need not be held.
+        if call.pool is not None and write[n] >= 0:
+            _orient(call.pool[write[n]], call).copy_(state.detach())
     return _collect(call, outputs)
 
 

@@ -7,6 +7,8 @@ step t works on the prefix still alive, so nothing is padded and no state is kep
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ...registry.ops.fused_sigmoid_gating.call import Call
@@ -53,13 +55,14 @@ def run_vectorized(
     return out
 
 
+@dataclass(frozen=True, slots=True)
 class _Indices:
     """Slot, row and parent numbers of all sequences, in working order."""
 
-    def __init__(
-        self, read: Slots | None, write: Slots | None, rows: Slots | None, parents: torch.Tensor | None
-    ) -> None:
-        self.read, self.write, self.rows, self.parents = read, write, rows, parents
+    read: Slots | None
+    write: Slots | None
+    rows: Slots | None
+    parents: torch.Tensor | None
 
 
 class _BlockRun:

@@ -10,6 +10,7 @@ time here (to their advantage), and they keep no pool. Peak memory is measured i
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -130,9 +131,12 @@ def measure(spec: CaseSpec, seconds: float, copy: float) -> list[Row]:
         sets[-1]()
         first[name] = time.perf_counter() - t
     samples: dict[str, list[float]] = {n: [] for n in runners}
-    end, rounds, shuffle = time.perf_counter() + seconds, 0, random.Random(0)
+    # Five rounds of everything, then as many of the faster ones as the time allows.
+    end, rounds, shuffle = math.inf, 0, random.Random(0)
     while rounds < 5 or time.perf_counter() < end:
-        order = [n for n in runners if rounds < 5 or first[n] < 0.05 * seconds]
+        if rounds == 5:
+            end = time.perf_counter() + seconds
+        order = [n for n in runners if rounds < 5 or first[n] < 0.02 * seconds]
         shuffle.shuffle(order)
         for name in order:
             run = runners[name][rounds % len(runners[name])]

@@ -22,7 +22,8 @@ def run_reference(call: Call) -> torch.Tensor:
     write = call.write_slots.tolist() if call.write_slots is not None else [-1] * call.n
     stored = call.intermediate_rows.tolist() if call.intermediate_rows is not None else [-1] * call.n
     parents = call.parents.tolist() if call.parents is not None else None
-    outputs: dict[int, torch.Tensor] = {}
+    length = call.q.shape[1]
+    outputs: dict[int, torch.Tensor] = {}  # of a call with gradients, which has no out
     for n in range(call.n):
         first, last = offsets[n], offsets[n + 1]
         if first == last:
@@ -34,7 +35,10 @@ def run_reference(call: Call) -> torch.Tensor:
                 parent = parents[n][t]
                 state = start if parent < 0 else _stored_step(call, stored[n], parent, compute)
             state, o = rows.step(first + t, state)
-            outputs[first + t] = o
+            if call.out is not None:
+                call.out[(first + t) // length, (first + t) % length].copy_(o)
+            else:
+                outputs[first + t] = o
             if call.intermediates is not None and stored[n] >= 0:
                 _orient(call.intermediates[stored[n], t], call).copy_(state)
         # At once: no sequence reads a slot that another writes, and N states need not be held.
@@ -90,17 +94,8 @@ class _Rows:
 
 def _collect(call: Call, outputs: dict[int, torch.Tensor]) -> torch.Tensor:
     if call.out is not None:
-        rows = call.out.view(-1, *call.out.shape[2:]) if call.out.is_contiguous() else None
-        for row, o in outputs.items():
-            if rows is not None:
-                rows[row].copy_(o)
-            else:
-                call.out[row // call.q.shape[1], row % call.q.shape[1]].copy_(o)
         return call.out
     blank = torch.zeros(call.hv, call.value_dim, dtype=call.q.dtype, device=call.q.device)
-    stacked = (
-        torch.stack([outputs[r].to(call.q.dtype) if r in outputs else blank for r in range(call.tokens)])
-        if call.tokens
-        else blank[None][:0]
-    )
+    rows = [outputs[r].to(call.q.dtype) if r in outputs else blank for r in range(call.tokens)]
+    stacked = torch.stack(rows) if rows else blank[None][:0]
     return stacked.view(*call.q.shape[:2], call.hv, call.value_dim)

@@ -1,6 +1,6 @@
 """Every CPU backend, the registry's own choice and the transformers package's pure-torch functions, in one run.
 
-    python benchmarks/cpu.py [--save]
+    python benchmarks/cpu.py run [--save]
 
 Same inputs, same process, interleaved in random order, medians over rounds, state slots rotated so that they are
 cold. The transformers functions take expanded q and k and gates already computed: making those is outside their

@@ -55,8 +55,9 @@ def test_every_backend_that_needs_no_gpu_is_examined():
 
 @pytest.mark.parametrize("check", HERE)
 @pytest.mark.parametrize("name", NAMES)
-def test_backend_conforms(name, check):
+def test_backend_conforms(name, check, conformance):
     report = run_checks(OP, builtin(name), only=[check])
+    conformance.setdefault(name, []).append(report)
     assert not report.failures, report.describe_failures()
     assert not report.undeclared, "every case is declined, and the exceptions file does not say so"
     assert report.ok or load_exceptions(OP, builtin(name)).declines(check)

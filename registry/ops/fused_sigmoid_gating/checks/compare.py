@@ -36,7 +36,9 @@ class Recipe:
         return made if self.change is None else self.change(made)
 
     def trial(self, subject: Subject) -> Trial:
-        return Trial(self.kwargs(subject.device))
+        made = Trial(self.kwargs(subject.device))
+        made.lend_lengths(subject)
+        return made
 
 
 def truth(call: Call, chunk: int | None = None, heads: Sequence[int] | None = None) -> Reference:

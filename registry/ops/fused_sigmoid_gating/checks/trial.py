@@ -70,11 +70,11 @@ class Trial:
     def run(self, subject: Subject, poison: float = math.nan) -> Results:
         """Run the backend on the call. Raises as ``Subject.run``."""
         self.poison = poison
-        self._lend_lengths(subject)
+        self.lend_lengths(subject)
         subject.run(self.call, poison)
         return self.results()
 
-    def _lend_lengths(self, subject: Subject) -> None:
+    def lend_lengths(self, subject: Subject) -> None:
         """A backend that needs the lengths on the host gets them as its users must give them, in a SequenceLayout."""
         call = self.call
         if call.lengths_on_host or subject.verdict(call.problem()):

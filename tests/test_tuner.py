@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from isokern.autotune.candidates import admit
 from isokern.autotune.contest import Contest
@@ -314,7 +315,8 @@ def test_a_contest_killed_anywhere_continues_after_its_last_block():
 
 
 _TUNE = """
-import sys
+import sys, torch
+torch.set_num_threads({threads})  # as in this process: the number is part of the environment
 sys.path.insert(0, {tests!r})
 import importlib.util
 spec = importlib.util.spec_from_file_location("tests_of_tuner", {file!r})
@@ -333,7 +335,10 @@ class Announcing(Progress):
 
 def slow_settings() -> Settings:
     race = RacePolicy(rounds=(40,), sentinel_drift=0.99, wall_cap_s=30.0)
-    return replace(SETTINGS, policy=replace(SETTINGS.policy, race=race))
+    # However restless the machine, both candidates reach the race.
+    screen = ScreenPolicy(first_samples=3, drop_ratio=1e3, abandon_ratio=1e4)
+    policy = replace(SETTINGS.policy, race=race, screen=screen)
+    return replace(SETTINGS, policy=policy, gate=replace(SETTINGS.gate, hopeless_ratio=1e4))
 
 
 def tune_slowly(root: Path, progress: Progress | None = None):
@@ -344,7 +349,7 @@ def tune_slowly(root: Path, progress: Progress | None = None):
 
 
 def test_a_run_killed_with_sigkill_resumes_from_its_journal(tmp_path, workers):
-    code = _TUNE.format(tests=str(PLANTED.parent), file=__file__)
+    code = _TUNE.format(tests=str(PLANTED.parent), file=__file__, threads=torch.get_num_threads())
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     blocks = 0
     for line in process.stdout:

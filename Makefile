@@ -2,6 +2,7 @@
 #
 #   make warmup [MODEL=qwen3-next-80b-a3b] [TP=1] [ARGS="--tier full"]
 #   make test   [ARGS="-k varlen"]
+#   make test-engines   the GPU languages on CPU engines (not part of `make test` yet)
 #   make lint   ruff, and strict mypy on an installed wheel
 
 PYTHON ?= python3
@@ -13,13 +14,16 @@ ARGS   ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: warmup test lint clean
+.PHONY: warmup test test-engines lint clean
 
 warmup: .venv/ready-run
 	$(BIN)/isokern warmup --model $(MODEL) --tp $(TP) $(ARGS)
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-engines: .venv/ready-engines
+	$(BIN)/python -m pytest tests/engines $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,158 @@
+"""From a problem and a config to the kernel's compile-time constants, and from a call to its arguments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...registry.backend import Config
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...registry.ops.fused_sigmoid_gating.call import Call
+
+__all__ = [
+    "CHAINS",
+    "INTEGERS",
+    "POINTERS",
+    "REALS",
+    "constants",
+    "integers",
+    "order_of_sums",
+    "pointers",
+    "reals",
+    "tiles",
+]
+
+#: Names of the kernel's tensors, in order.
+POINTERS = tuple("q k v a b out A_log dt_bias pool read_slots write_slots offsets steps step_rows parents".split())
+REALS = ("scale", "softplus_beta", "softplus_threshold", "lower_bound")
+#: Names of its integers: tokens per row of a batch, then strides in elements.
+INTEGERS = tuple(
+    (
+        "T q_b q_t q_h q_d k_b k_t k_h k_d v_b v_t v_h v_d a_b a_t a_h a_d b_b b_t b_h o_b o_t o_h o_d A_h dt_h dt_d "
+        "pool_s pool_h pool_k pool_v step_r step_t step_h step_k step_v parent_n parent_t"
+    ).split()
+)
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WARP = 32
+#: Chains of products a sum over K is made of, and the bits of a chain's number in the order they are added over.
+CHAINS = 32
+_STEPS = (0, 1, 4, 2, 3)
+#: Bytes a lane loads at once.
+_VECTOR = 16
+
+
+def tiles(problem: Problem, config: Config) -> int:
+    """Programs per sequence and value head."""
+    return -(-problem.v // int(config["v_tile"]))
+
+
+def constants(problem: Problem, config: Config) -> dict[str, int | bool]:
+    """The kernel's ``constexpr`` arguments: shapes, flags and tiles, nothing that changes from batch to batch."""
+    v_tile, span = int(config["v_tile"]), int(config["k_span"])
+    lanes = _lanes(problem, v_tile, span)
+    return {
+        "HV": problem.hv,
+        "GROUP": problem.hv // problem.h,
+        "K": problem.k,
+        "V": problem.v,
+        "BV": v_tile,
+        "SPAN": span,
+        "LANES": lanes,
+        "ORDER": order_of_sums(span, lanes),
+        "LEVELS": span.bit_length() - 1,
+        "TWO": span == CHAINS // 2 and problem.k > span,
+        "DEPTH": int(config["depth"]),
+        "KDA": problem.is_kda,
+        "BOUNDED": problem.lower_bound,
+        "L2NORM": problem.l2norm,
+        "NEG_EIGVAL": problem.neg_eigval,
+        "VARLEN": problem.varlen,
+        "READ": problem.state_dtype is not None,
+        "WRITE": problem.update in ("in_place", "separate"),
+        "STEPS": problem.intermediates != "none",
+        "TREE": problem.intermediates == "tree",
+    }
+
+
+def _lanes(problem: Problem, v_tile: int, span: int) -> int:
+    """Lanes along the keys of a piece, as the compiler will lay the state's tile out (see ``tiles``)."""
+    if problem.state_dtype is None or problem.state_layout == "vk":
+        return span
+    along_v = max(1, min(_WARP, v_tile * _BYTES[problem.state_dtype] // _VECTOR))
+    return min(span, _WARP // along_v)
+
+
+def order_of_sums(span: int, lanes: int) -> int:
+    """The kernel's ORDER: for each step of a sum over a span, three bits: which bit of what is left it adds over.
+
+    Keys are added by bit 0, 1, 4, 2, 3 of their place in the span (see ``tiles``); key ``i`` is at position
+    ``i // (span / lanes) + lanes * (i % (span / lanes))``.
+    """
+    in_lane = (span // lanes).bit_length() - 1
+    along = lanes.bit_length() - 1
+    left = list(range(span.bit_length() - 1))  # bits of the position not yet added over
+    order = 0
+    steps = [bit for bit in _STEPS if bit < len(left)]
+    for step, bit in enumerate(steps):
+        position = bit + along if bit < in_lane else bit - in_lane
+        order |= left.index(position) << (3 * step)
+        left.remove(position)
+    return order
+
+
+def pointers(call: Call, out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """In the order of :data:`POINTERS`; None where the call has no such tensor."""
+    return (
+        call.q,
+        call.k,
+        call.v,
+        call.a,
+        call.b,
+        out,
+        call.A_log,
+        call.dt_bias,
+        call.pool,
+        call.read_slots,
+        call.write_slots,
+        call.cu_seqlens,
+        call.intermediates,
+        call.intermediate_rows,
+        call.parents,
+    )
+
+
+def reals(call: Call) -> tuple[float, ...]:
+    """In the order of :data:`REALS`."""
+    bound = 0.0 if call.lower_bound is None else call.lower_bound
+    return call.scale, call.softplus_beta, call.softplus_threshold, bound
+
+
+def integers(call: Call, out: torch.Tensor) -> tuple[int, ...]:
+    """In the order of :data:`INTEGERS`; zeros for what is not there."""
+    gate = call.a.stride() if call.is_kda else (*call.a.stride(), 0)
+    bias = call.dt_bias.stride() if call.is_kda else (*call.dt_bias.stride(), 0)
+    return (
+        call.q.shape[1],
+        *call.q.stride(),
+        *call.k.stride(),
+        *call.v.stride(),
+        *gate,
+        *call.b.stride(),
+        *out.stride(),
+        *call.A_log.stride(),
+        *bias,
+        *_state_strides(call, call.pool, 4),
+        *_state_strides(call, call.intermediates, 5),
+        *((0, 0) if call.parents is None else call.parents.stride()),
+    )
+
+
+def _state_strides(call: Call, states: torch.Tensor | None, rank: int) -> tuple[int, ...]:
+    """Strides with the last two as (key, value), whatever the layout."""
+    if states is None:
+        return (0,) * rank
+    *outer, x, y = states.stride()
+    return (*outer, x, y) if call.state_layout == "kv" else (*outer, y, x)

@@ -1,0 +1,181 @@
+// The watch: what every load and store of the kernel touches, and whether something orders it after the last one.
+//
+// The kernel's module is compiled with -fsanitize=thread, which puts a call in front of every access; the functions
+// called are the ones below, not the sanitizer's library. Addresses are checked per byte against the tensors given
+// (gaps between strided elements are not part of them), races against an exact happens-before: within a block
+// __syncthreads and __syncwarp order accesses, between blocks nothing does.
+#include "cuda_on_cpu.h"
+#include "scheduler.h"
+
+#include <string>
+#include <vector>
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t GRAIN = 2;  // bytes per cell: no tensor and no staged value is narrower
+
+struct Access {
+  int64_t block = -1;
+  int thread = -1;
+  uint32_t block_epoch = 0, warp_epoch = 0;
+  bool happened() const { return thread >= 0; }
+};
+
+struct Cell {
+  Access write, read;  // the last of each
+  bool readers_in_warp = false;  // several threads have read in read.block_epoch: of one warp ...
+  bool readers_beyond = false;   // ... or of several
+  bool blocks = false;           // several blocks have read
+};
+
+struct Region {
+  std::string name;
+  char* begin;
+  size_t size;
+  const uint8_t* allowed;  // per byte: 1 readable, 2 writable as well
+  std::vector<Cell> cells;
+};
+
+bool active;
+std::vector<Region> regions;
+size_t last_region;
+std::vector<Cell> shared_cells[2];
+
+bool ordered(const Access& before, const Standing& me) {
+  if (before.block != me.block) return false;
+  if (before.thread == me.thread || before.block_epoch < me.block_epoch) return true;
+  return before.thread / 32 == me.thread / 32 && before.warp_epoch < me.warp_epoch;
+}
+
+[[noreturn]] void object(const char* what, const char* name, size_t at, const Access* other) {
+  const Standing me = standing();
+  if (other)
+    describe("%s: %s, byte %zu: thread %d of block %lld, with thread %d of block %lld", what, name, at, me.thread,
+             (long long)me.block, other->thread, (long long)other->block);
+  else
+    describe("%s: %s, byte %zu: thread %d of block %lld", what, name, at, me.thread, (long long)me.block);
+  stop(FORBIDDEN);
+}
+
+void read_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
+  if (cell.write.happened() && !ordered(cell.write, me)) object("race, read after write", name, at, &cell.write);
+  Access& last = cell.read;
+  if (last.happened() && last.block != me.block) cell.blocks = true;
+  const bool same_stretch = last.happened() && last.block == me.block && last.block_epoch == me.block_epoch;
+  if (!same_stretch) cell.readers_in_warp = cell.readers_beyond = false;
+  else if (last.thread / 32 != me.thread / 32) cell.readers_beyond = true;
+  else if (last.thread != me.thread) cell.readers_in_warp = true;
+  last = {me.block, me.thread, me.block_epoch, me.warp_epoch};
+}
+
+void write_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
+  if (cell.write.happened() && !ordered(cell.write, me)) object("race, write after write", name, at, &cell.write);
+  const Access& last = cell.read;
+  if (last.happened()) {
+    bool fine = !cell.blocks && ordered(last, me);
+    if (last.block_epoch == me.block_epoch) {  // the last reader stands for all of them
+      fine &= !cell.readers_beyond;
+      fine &= !cell.readers_in_warp || (last.thread / 32 == me.thread / 32 && last.warp_epoch < me.warp_epoch);
+    }
+    if (!fine) object("race, write after read", name, at, &last);
+  }
+  cell.write = {me.block, me.thread, me.block_epoch, me.warp_epoch};
+}
+
+Region* region_of(const char* p) {
+  if (last_region < regions.size()) {
+    Region& region = regions[last_region];
+    if (p >= region.begin && p < region.begin + region.size) return &region;
+  }
+  for (size_t i = 0; i < regions.size(); i++)
+    if (p >= regions[i].begin && p < regions[i].begin + regions[i].size) return last_region = i, &regions[i];
+  return nullptr;
+}
+
+void look(const void* address, size_t bytes, bool writes) {
+  if (!active) return;
+  const char* p = (const char*)address;
+  if (running_stack().holds(p, bytes)) return;
+  if ((const void*)p >= &now && (const void*)(p + bytes) <= &now + 1) return;
+  const Standing me = standing();
+  for (int which = 0; which < 2; which++) {
+    const Range shared = shared_memory(which);
+    if (!shared.begin || p < shared.begin || p >= shared.end) continue;
+    const size_t first = (size_t)(p - shared.begin);
+    if (!shared.holds(p, bytes)) object("beyond its end", "shared memory", first, nullptr);
+    for (size_t at = first; at < first + bytes; at += GRAIN) {
+      Cell& cell = shared_cells[which][at / GRAIN];
+      if (!writes && !cell.write.happened()) object("read before anything was written", "shared memory", at, nullptr);
+      if (writes) write_cell(cell, me, "shared memory", at);
+      else read_cell(cell, me, "shared memory", at);
+    }
+    return;
+  }
+  Region* region = region_of(p);
+  if (!region) {
+    describe("%s outside every tensor: address %p, %zu bytes, thread %d of block %lld", writes ? "write" : "read",
+             address, bytes, me.thread, (long long)me.block);
+    stop(FORBIDDEN);
+  }
+  const size_t first = (size_t)(p - region->begin);
+  for (size_t at = first; at < first + bytes; at++) {
+    const int allowed = at < region->size ? region->allowed[at] : 0;
+    if (allowed < 1 + writes)
+      object(writes ? (allowed ? "write to an input" : "write between or beyond elements")
+                    : "read between or beyond elements", region->name.c_str(), at, nullptr);
+  }
+  if (region->cells.empty()) return;  // an input: nobody writes it
+  for (size_t at = first; at < first + bytes; at += GRAIN) {
+    Cell& cell = region->cells[at / GRAIN];
+    if (writes) write_cell(cell, me, region->name.c_str(), at);
+    else read_cell(cell, me, region->name.c_str(), at);
+  }
+}
+
+}  // namespace
+
+bool watching() { return active; }
+
+void watch_block_start() {
+  for (int which = 0; which < 2; which++) {
+    const Range shared = shared_memory(which);
+    shared_cells[which].assign((size_t)(shared.end - shared.begin) / GRAIN + 1, Cell{});
+  }
+}
+
+extern "C" {
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT void cuda_on_cpu_watch_clear(int on) {
+  regions.clear();
+  active = on;
+}
+EXPORT void cuda_on_cpu_watch_region(const char* name, void* begin, size_t size, const uint8_t* allowed, int writable) {
+  regions.push_back({name, (char*)begin, size, allowed, {}});
+  if (writable) regions.back().cells.resize(size / GRAIN + 1);
+}
+EXPORT void cuda_on_cpu_watch_launch() {  // launches follow one another: the earlier one's accesses are ordered
+  for (Region& region : regions) std::fill(region.cells.begin(), region.cells.end(), Cell{});
+}
+
+EXPORT void __tsan_init() {}
+EXPORT void __tsan_func_entry(void*) {}
+EXPORT void __tsan_func_exit() {}
+EXPORT void __tsan_vptr_update(void**, void*) {}
+EXPORT void __tsan_read_range(void* p, size_t bytes) { look(p, bytes, false); }
+EXPORT void __tsan_write_range(void* p, size_t bytes) { look(p, bytes, true); }
+#define WATCH(BYTES)                                                          \
+  EXPORT void __tsan_read##BYTES(void* p) { look(p, BYTES, false); }           \
+  EXPORT void __tsan_write##BYTES(void* p) { look(p, BYTES, true); }           \
+  EXPORT void __tsan_unaligned_read##BYTES(void* p) { look(p, BYTES, false); } \
+  EXPORT void __tsan_unaligned_write##BYTES(void* p) { look(p, BYTES, true); }
+WATCH(1)
+WATCH(2)
+WATCH(4)
+WATCH(8)
+WATCH(16)
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,84 @@
+"""The target of simulated kernels: Python for what touches CUDA, Numba's CPU compiler for plain array code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...backends.numba_cuda.target import Function, Target
+from .memory import CheckedMemory, decode
+
+__all__ = ["simulated"]
+
+
+def simulated(memory: CheckedMemory, exchange: Callable[[int], Function]) -> Target:
+    """Device functions run as Python, thread by thread; the arithmetic on registers is compiled for the CPU.
+
+    The compiled part is the same source that Numba compiles for the GPU, so its types are Numba's and not Python's.
+    """
+    import numba
+
+    @numba.njit
+    def fma(x: Any, y: Any, z: Any) -> Any:
+        # The product of two float32 is exact in float64, the sum rounds once there and once more on the way back.
+        return np.float32(np.float64(x) * np.float64(y) + np.float64(z))
+
+    def device(function: Function) -> Function:
+        return function
+
+    def pure(function: Function) -> Function:
+        return numba.njit(function, error_model="numpy")
+
+    return Target(
+        device=device,
+        pure=pure,
+        load=memory.load,
+        store=memory.store,
+        load_raw=memory.load_raw,
+        decode=decode,
+        load_vector=memory.load_vector,
+        store_vector=memory.store_vector,
+        load_index=memory.load_index,
+        exchange=exchange,
+        shared_quad=_shared_quad,
+        fma=fma,
+        exp=_float32(numba, math.exp, np.inf),
+        log1p=_float32(numba, math.log1p, np.nan),
+        rsqrt=_rsqrt(numba),
+        divide=_divide(numba),
+    )
+
+
+def _shared_quad(array: np.ndarray[Any, Any], at: int) -> tuple[np.float32, ...]:
+    if at % 4:
+        raise IndexError(f"16-byte access to shared memory at element {at}")
+    if not 0 <= at <= len(array) - 4:
+        raise IndexError(f"shared memory of {len(array)} elements accessed at {at}")
+    return array[at], array[at + 1], array[at + 2], array[at + 3]
+
+
+def _float32(numba: Any, function: Any, overflow: float) -> Function:
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def rounded(x: Any) -> Any:
+        return np.float32(function(np.float64(x)))
+
+    return rounded  # type: ignore[no-any-return]
+
+
+def _rsqrt(numba: Any) -> Function:
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def rsqrt(x: Any) -> Any:
+        return np.float32(1.0 / math.sqrt(np.float64(x)))
+
+    return rsqrt  # type: ignore[no-any-return]
+
+
+def _divide(numba: Any) -> Function:
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def divide(x: Any, y: Any) -> Any:
+        return np.float32(np.float32(x) / np.float32(y))
+
+    return divide  # type: ignore[no-any-return]

@@ -1,0 +1,269 @@
+"""The engine that runs CUDA C++ on a CPU: what it computes, and what it refuses to let pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from isokern.engines.cuda_on_cpu.build import BuildError
+from isokern.engines.cuda_on_cpu.engine import SCHEDULES, CudaOnCpu
+from isokern.engines.cuda_on_cpu.raw_kernel import CpuRawKernel, DivergenceError, KernelError, KernelFault
+from isokern.registry.conformance.check import Violation
+
+ENGINE = CudaOnCpu()
+
+
+def kernel(body: str, parameters: str = "const float* x, float* out", before: str = "") -> CpuRawKernel:
+    return CpuRawKernel(f'{before}\nextern "C" __global__ void f({parameters}) {{ {body} }}', "f")
+
+
+REVERSE = """
+  __shared__ float s[64];
+  const int t = threadIdx.x;
+  s[t] = x[blockIdx.x * 64 + t];
+  BARRIER
+  out[blockIdx.x * 64 + t] = s[63 - t];
+"""
+
+
+def reverse(barrier: str) -> CpuRawKernel:
+    return kernel(REVERSE.replace("BARRIER", barrier))
+
+
+class TestWhatItComputes:
+    def test_blocks_threads_and_static_shared_memory(self):
+        x, out = torch.arange(192.0), torch.zeros(192)
+        reverse("__syncthreads();")((3,), (64,), (x, out))
+        assert torch.equal(out.view(3, 64), x.view(3, 64).flip(1))
+
+    def test_three_dimensional_grids_and_blocks(self):
+        body = """out[((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * 24
+                      + (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x]
+                      = threadIdx.z + 10 * blockIdx.z;"""
+        out = torch.full((2 * 3 * 2 * 24,), -1.0)
+        kernel(body)((2, 3, 2), (4, 3, 2), (out, out))
+        want = torch.tensor([[z + 10 * block for z in (0, 1)] for block in (0, 1)])
+        assert torch.equal(out.view(2, 6, 2, 12)[:, 0, :, 0], want.float())
+        assert not bool((out < 0).any())
+
+    def test_dynamic_shared_memory_has_the_size_of_the_launch(self):
+        body = """extern __shared__ float s[];
+                  s[threadIdx.x] = x[threadIdx.x]; __syncthreads();
+                  out[threadIdx.x] = s[blockDim.x - 1 - threadIdx.x];"""
+        x, out = torch.arange(40.0), torch.zeros(40)
+        kernel(body)((1,), (40,), (x, out), shared_mem=160)
+        assert torch.equal(out, x.flip(0))
+
+    @pytest.mark.parametrize(
+        ("call", "source"),
+        [
+            ("__shfl_xor_sync(~0u, v, 5)", lambda lane: lane ^ 5),
+            ("__shfl_xor_sync(~0u, v, 3, 8)", lambda lane: lane ^ 3),
+            ("__shfl_down_sync(~0u, v, 4)", lambda lane: min(lane + 4, 31) if lane + 4 < 32 else lane),
+            ("__shfl_down_sync(~0u, v, 3, 8)", lambda lane: lane + 3 if lane % 8 + 3 < 8 else lane),
+            ("__shfl_up_sync(~0u, v, 2, 16)", lambda lane: lane - 2 if lane % 16 >= 2 else lane),
+            ("__shfl_sync(~0u, v, 9)", lambda lane: 9),
+            ("__shfl_sync(~0u, v, 9, 8)", lambda lane: lane // 8 * 8 + 1),
+        ],
+    )
+    def test_shuffles(self, call, source):
+        x, out = torch.arange(64.0), torch.zeros(64)
+        kernel(f"float v = x[threadIdx.x]; out[threadIdx.x] = {call};")((1,), (64,), (x, out))
+        want = [float(warp * 32 + source(lane)) for warp in range(2) for lane in range(32)]
+        assert out.tolist() == want
+
+    def test_votes_and_atomics(self):
+        body = "atomicAdd(out, 1.0f); if (__ballot_sync(~0u, threadIdx.x % 2) == 0xaaaaaaaau) atomicAdd(out + 1, 1.0f);"
+        out = torch.zeros(2)
+        kernel(body)((4,), (32,), (out, out))
+        assert out.tolist() == [128.0, 128.0]
+
+    def test_a_structure_passed_by_value_and_typed_scalars(self):
+        code = kernel(
+            "out[0] = p.scale * p.step + n + y;",
+            "P p, float* out, int n, double y",
+            "struct P { long long step; float scale; };",
+        )
+        value = np.zeros((), np.dtype([("step", "i8"), ("scale", "f4"), ("pad", "f4")]))
+        value["step"], value["scale"] = 3, 0.5
+        out = torch.zeros(1)
+        code((1,), (1,), (value, out, np.int32(7), 0.25))
+        assert out.item() == 8.75
+
+    def test_low_precision_rounds_to_nearest_even(self):
+        x = torch.cat([torch.randn(1000), torch.tensor([1.00390625, 1.01171875, 65520.0, 1e-8, -0.0, float("inf")])])
+        for function, dtype in (("float_to_bfloat", torch.bfloat16), ("float_to_half", torch.float16)):
+            out = torch.zeros(len(x), dtype=dtype)
+            kernel(f"const int i = blockIdx.x; out[i] = {function}(x[i]);", "const float* x, unsigned short* out")(
+                (len(x),), (1,), (x, out)
+            )
+            assert torch.equal(out, x.to(dtype))
+
+
+class TestWhatItRefuses:
+    def test_unwritten_shared_memory_is_nan(self):
+        out = torch.zeros(1)
+        kernel("__shared__ float s[4]; if (threadIdx.x) s[0] = 1; __syncthreads(); out[0] = s[1];")(
+            (1,), (2,), (out, out)
+        )
+        assert torch.isnan(out).all()
+
+    def test_a_barrier_some_threads_skip(self):
+        with pytest.raises(DivergenceError, match="wait at __syncthreads"):
+            kernel("if (threadIdx.x < 40) __syncthreads(); out[0] = 1;")((1,), (64,), (torch.zeros(1), torch.zeros(1)))
+
+    def test_a_shuffle_beside_a_barrier(self):
+        body = "if (threadIdx.x < 16) __syncthreads(); else __shfl_xor_sync(~0u, 1.0f, 1);"
+        with pytest.raises(DivergenceError):
+            kernel(body)((1,), (32,), (torch.zeros(1), torch.zeros(1)))
+
+    def test_a_shuffle_that_names_a_thread_that_has_returned(self):
+        with pytest.raises(DivergenceError, match="no running thread"):
+            kernel("if (threadIdx.x == 3) return; __shfl_xor_sync(~0u, 1.0f, 1);")(
+                (1,), (32,), (torch.zeros(1), torch.zeros(1))
+            )
+
+    def test_unmapped_memory_is_an_error_not_a_crash(self):
+        run = kernel("out[0] = x[5];")
+        with pytest.raises(KernelFault, match="illegal address"):
+            run((1,), (1,), (None, torch.zeros(1)))
+        out = torch.zeros(1)
+        run((1,), (1,), (torch.arange(8.0), out))  # and the engine goes on
+        assert out.item() == 5
+
+    def test_an_index_that_overflows_32_bits(self):
+        run = kernel("const int at = n * 65536; out[0] = at;", "int n, float* out")
+        run((1,), (1,), (np.int32(32767), torch.zeros(1)))
+        with pytest.raises(KernelFault, match="undefined behaviour"):
+            run((1,), (1,), (np.int32(32768), torch.zeros(1)))
+
+    def test_a_misaligned_vector(self):
+        run = kernel("*(float4*)(out + n) = *(const float4*)x;", "const float* x, float* out, int n")
+        x, out = torch.arange(4.0), torch.zeros(8)
+        run((1,), (1,), (x, out, np.int32(4)))
+        with pytest.raises(KernelFault):
+            run((1,), (1,), (x, out, np.int32(1)))
+
+    def test_too_many_threads(self):
+        with pytest.raises(KernelError, match="1025 threads"):
+            kernel("")((1,), (1025,), (torch.zeros(1), torch.zeros(1)))
+
+    def test_a_source_that_does_not_compile_says_where(self):
+        with pytest.raises(BuildError, match=r"f\.cu:2"):
+            kernel("out[0] = nothing;").compile()
+
+    def test_arrays_are_passed_by_value_one_element_at_a_time(self):
+        with pytest.raises(TypeError, match="size one"):
+            kernel("")((1,), (1,), (np.zeros(3), torch.zeros(1)))
+
+    def test_arguments_of_no_known_kind(self):
+        with pytest.raises(TypeError, match="str"):
+            kernel("")((1,), (1,), ("x", torch.zeros(1)))
+
+
+class TestSchedules:
+    def test_a_correct_kernel_gives_the_same_in_all(self):
+        run = reverse("__syncthreads();")
+        x = torch.randn(128)
+        results = []
+        for name, active in ENGINE.schedules():
+            out = torch.zeros(128)
+            with active():
+                run((2,), (64,), (x, out))
+            results.append(out)
+            assert name in SCHEDULES
+        assert len(results) == len(SCHEDULES)
+        assert all(torch.equal(r, results[0]) for r in results)
+
+    def test_a_missing_barrier_shows_when_a_warp_runs_ahead(self):
+        run = reverse("")
+        x = torch.randn(64)
+        wrong = []
+        for name, active in ENGINE.schedules():
+            out = torch.zeros(64)
+            with active():
+                run((1,), (64,), (x, out))
+            if not torch.equal(out, x.flip(0)):
+                wrong.append(name)
+        assert {"first warp ahead", "last warp ahead"} & set(wrong)
+
+
+def watched(run: CpuRawKernel, threads: int, blocks: int = 1, **tensors: torch.Tensor) -> None:
+    with ENGINE.watch_addresses(tensors):
+        run((blocks,), (threads,), tuple(tensors.values()))
+
+
+class TestWatch:
+    def test_a_correct_kernel_passes(self):
+        watched(reverse("__syncthreads();"), 64, 2, x=torch.randn(128), out=torch.zeros(128))
+
+    @pytest.mark.parametrize(("offset", "what"), [(1, "x"), (-1, "outside every tensor|x")])
+    def test_one_element_beyond_an_input(self, offset, what):
+        storage = torch.zeros(100)
+        run = kernel(f"out[threadIdx.x] = x[(int)threadIdx.x + {offset}];")
+        with pytest.raises(Violation, match=what):
+            watched(run, 32, x=storage[10:42], out=torch.zeros(32))
+
+    def test_a_gap_between_strided_elements(self):
+        run = kernel("out[threadIdx.x] = x[threadIdx.x];")
+        watched(run, 8, x=torch.zeros(8), out=torch.zeros(8))
+        with pytest.raises(Violation, match="between or beyond"):
+            watched(run, 8, x=torch.zeros(16)[::2], out=torch.zeros(8))
+
+    def test_a_vector_that_reaches_past_the_end(self):
+        run = kernel("*(float4*)(out + 4 * threadIdx.x) = *(const float4*)(x + 4 * threadIdx.x);")
+        watched(run, 2, x=torch.zeros(8), out=torch.zeros(8))
+        with pytest.raises(Violation):
+            watched(run, 2, x=torch.zeros(8)[:7], out=torch.zeros(8))
+
+    def test_a_write_to_an_input(self):
+        run = kernel("x[threadIdx.x] = 0; out[threadIdx.x] = 0;", "float* x, float* out")
+        with pytest.raises(Violation, match="write to an input: x"):
+            watched(run, 4, x=torch.zeros(4), out=torch.zeros(4))
+
+    def test_a_missing_barrier_is_a_race_in_every_schedule(self):
+        for _, active in ENGINE.schedules():
+            with active(), pytest.raises(Violation, match=r"race|read before anything"):
+                watched(reverse(""), 64, x=torch.zeros(64), out=torch.zeros(64))
+
+    def test_a_shuffle_does_not_order_shared_memory(self):
+        body = """__shared__ float s[32]; s[threadIdx.x] = x[threadIdx.x]; {};
+                  out[threadIdx.x] = s[threadIdx.x ^ 1];"""
+        tensors = {"x": torch.randn(32), "out": torch.zeros(32)}
+        watched(kernel(body.format("__syncwarp()")), 32, **tensors)
+        with pytest.raises(Violation, match="race"):
+            watched(kernel(body.format("__shfl_xor_sync(~0u, 1, 1)")), 32, **tensors)
+
+    def test_a_stage_refilled_while_others_still_read_it(self):
+        body = """__shared__ float s;
+                  for (int i = 0; i < 3; i++) {{
+                    if (threadIdx.x == 0) s = x[i];
+                    __syncthreads(); out[threadIdx.x] = s; {}
+                  }}"""
+        tensors = {"x": torch.randn(3), "out": torch.zeros(64)}
+        watched(kernel(body.format("__syncthreads();")), 64, **tensors)
+        with pytest.raises(Violation, match="race"):
+            watched(kernel(body.format("")), 64, **tensors)
+
+    def test_two_blocks_that_write_one_place(self):
+        with pytest.raises(Violation, match="race, write after write: out"):
+            watched(kernel("out[0] = x[0];"), 1, 2, x=torch.zeros(1), out=torch.zeros(1))
+
+    def test_a_block_that_reads_what_another_wrote(self):
+        with pytest.raises(Violation, match="race"):
+            watched(
+                kernel("out[blockIdx.x] = 1; x + 0; if (blockIdx.x) out[1] += out[0];"),
+                1,
+                2,
+                x=torch.zeros(1),
+                out=torch.zeros(2),
+            )
+
+    def test_launches_one_after_another_do_not_race(self):
+        run = kernel("out[threadIdx.x] += x[threadIdx.x];")
+        tensors = {"x": torch.ones(4), "out": torch.zeros(4)}
+        with ENGINE.watch_addresses(tensors):
+            for _ in range(2):
+                run((1,), (4,), tuple(tensors.values()))
+        assert tensors["out"].tolist() == [2.0] * 4

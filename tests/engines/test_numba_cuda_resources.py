@@ -1,0 +1,57 @@
+"""Compiled without a GPU: registers, spills, shared memory as the checked-in table has them; what is in the PTX."""
+
+import json
+import re
+
+import pytest
+
+from isokern.backends.numba_cuda import compile as compiling
+from isokern.backends.numba_cuda.resources import ARCHITECTURES, TABLE, entries, measured, problem_of
+from isokern.backends.numba_cuda.space import default_for
+from isokern.backends.numba_cuda.variant import Variant
+
+ROWS = json.loads(TABLE.read_text())
+
+
+def test_the_table_covers_every_config_on_every_architecture():
+    listed = [(row["problem"], row["config"], row["arch"]) for row in ROWS]
+    assert listed == [(name, config.label, arch) for name, config, arch in entries()], (
+        "run python -m isokern.backends.numba_cuda.resources"
+    )
+
+
+def test_everything_fits_and_no_array_lives_in_local_memory():
+    for row in ROWS:
+        assert row["registers"] <= 255, row
+        assert row["shared"] <= 48 * 1024, row
+        assert row["stack"] <= row["spill_stores"] + row["spill_loads"], f"more stack than spills: an array? {row}"
+
+
+def test_defaults_do_not_spill_on_hopper_and_blackwell():
+    for row in ROWS:
+        name = row["problem"]
+        if row["arch"] >= 90 and row["config"] == default_for(problem_of(name, row["arch"])).label:
+            assert row["spill_stores"] == row["spill_loads"] == 0, row
+
+
+@pytest.mark.parametrize("name", ["decode, float32 vk", "prompts, kda"])
+def test_compiling_again_gives_the_same_numbers(name):
+    config = default_for(problem_of(name, 90))
+    (row,) = (r for r in ROWS if (r["problem"], r["config"], r["arch"]) == (name, config.label, 90))
+    again = measured(name, config, 90)
+    assert abs(again["registers"] - row["registers"]) <= 8  # another assembler may allocate a little differently
+    assert {k: again[k] for k in ("stack", "spill_stores", "shared")} == {
+        k: row[k] for k in ("stack", "spill_stores", "shared")
+    }
+
+
+def test_states_move_in_vectors_and_sums_do_not_depend_on_fusing():
+    problem = problem_of("decode, float32 vk", 90)
+    variant = Variant.of(problem, default_for(problem), wide=True)
+    ptx = compiling._ptx(variant)
+    vectors = variant.columns * variant.pieces
+    assert len(re.findall(r"ld\.global\.v4\.f32", ptx)) == vectors
+    assert len(re.findall(r"st\.global\.v4\.f32", ptx)) == vectors
+    assert "__local_depot" not in ptx
+    assert variant.shared_bytes <= 48 * 1024
+    assert len(ARCHITECTURES) == 3

@@ -52,7 +52,7 @@ SETTINGS = Settings(
         race=RacePolicy(rounds=(5, 5), sentinel_drift=0.99, wall_cap_s=3.0),
         measure=MeasurePolicy(min_sample_us=50.0),
     ),
-    GatePolicy(max_token_heads=1 << 16),
+    GatePolicy(max_token_heads=1 << 16, hopeless_ratio=10.0),  # nor spare a fault the gate for a moment's stall
     Limits(call=2.0, gate=30.0),
 )
 

@@ -53,7 +53,7 @@ SETTINGS = Settings(
         race=RacePolicy(rounds=(5,), sentinel_drift=0.99, wall_cap_s=2.0),
         measure=MeasurePolicy(min_sample_us=50.0, rotate_l2=1.0),
     ),
-    GatePolicy(seeds=1),
+    GatePolicy(seeds=1, hopeless_ratio=10.0),
     Limits(call=20.0),
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from ..errors import UnknownNameError
-from .backend import Backend, Config, Runner
+from .backend import Backend, Config, Pinnable, Pinned, Runner
 from .core import Registry
 from .decision import Accepted, Decision, Outcome, RejectCode, Rejected, Rule, Verdict
 from .overrides import use as _use
@@ -26,6 +26,8 @@ __all__ = [
     "FunctionBackend",
     "OpSpec",
     "Outcome",
+    "Pinnable",
+    "Pinned",
     "Registry",
     "RejectCode",
     "Rejected",

@@ -9,17 +9,33 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .decision import Verdict
 
-__all__ = ["Backend", "Config", "Runner", "Scalar", "fingerprint_files"]
+__all__ = ["Backend", "Config", "Pinnable", "Pinned", "Runner", "Scalar", "fingerprint_files"]
 
 Scalar = int | float | bool | str
 
 #: A bound kernel: takes the op's canonical arguments record and returns the output tensor. It writes into
 #: ``args.out`` when that is set (it always is, unless inputs require grad) and returns it.
 Runner = Callable[[Any], Any]
+
+#: A runner pinned to one call's shapes: takes that call's tensors in the op's declared order (None where absent, the
+#: output among them) and runs. Returns nothing; the output is written.
+Pinned = Callable[[tuple[Any, ...]], None]
+
+
+@runtime_checkable
+class Pinnable(Protocol):
+    """What a :data:`Runner` may also offer, so that a repeated call costs no more than its pointers."""
+
+    def pin(self, call: Any) -> Pinned | None:
+        """The runner for calls like ``call``: every tensor's shape, strides, dtype and device, every scalar and the
+        launch mode are the same; only addresses and contents differ, the values of lengths and slots among them.
+
+        Runs and writes nothing. None if such calls need more than their tensors (host lengths, say).
+        """
 
 
 @dataclass(frozen=True, slots=True)

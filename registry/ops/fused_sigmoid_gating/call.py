@@ -15,7 +15,12 @@ from .problem import Intermediates, Problem, StateLayout, Strides, Update
 if TYPE_CHECKING:
     from ...varlen.layout import SequenceLayout
 
-__all__ = ["Call"]
+__all__ = ["TENSORS", "Call"]
+
+#: The tensors of a call in the op's declared order: what a pinned runner is given.
+TENSORS = (
+    "A_log a dt_bias q k v b pool read_slots write_slots cu_seqlens intermediates intermediate_rows parents out"
+).split()
 
 
 @dataclass(eq=False, slots=False)
@@ -134,10 +139,7 @@ class Call:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors present, by name."""
-        names = (
-            "A_log a dt_bias q k v b pool read_slots write_slots cu_seqlens intermediates intermediate_rows parents out"
-        ).split()
-        return {name: t for name in names if (t := getattr(self, name)) is not None}
+        return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
 
     def replace(self, **changes: Any) -> Call:
         """A copy with some fields changed; keeps "in place" in place when ``read_slots`` changes."""

@@ -1,4 +1,4 @@
-"""The bench: what one timed sample is. Runs in the worker only.
+"""The bench on a CPU: what one timed sample is there. Runs in the worker only.
 
 A sample is ``launches`` calls in a row, each with its output's allocation, as the op does it; host cost is part of
 the time. Every call of a sample names other slots of the pool than the one before, so that states are as cold as
@@ -28,7 +28,7 @@ from ..registry.spec import OpSpec
 from .policy import MeasurePolicy
 from .recipe import ProblemRecipe
 
-__all__ = ["Bandwidth", "Bench", "MeasurePolicy", "cache_bytes", "copies_to_rotate"]
+__all__ = ["Bandwidth", "Bench", "MeasurePolicy", "cache_bytes", "copies_to_rotate", "once"]
 
 #: Rotated states may take this share of the memory that is free, and no more copies than this are any colder.
 _MEMORY_SHARE = 0.25
@@ -61,14 +61,14 @@ def copies_to_rotate(state_bytes: int, policy: MeasurePolicy, cache: int, availa
 class Bench:
     """Times candidates of one problem on the CPU, ``eager``: wall clock, host cost included.
 
-    Raises: ArgumentValueError, for a device or launch mode it cannot time.
+    Raises: ArgumentValueError, for a launch mode that a CPU does not have.
     """
 
     def __init__(
         self, spec: OpSpec, recipe: ProblemRecipe, device: str, policy: MeasurePolicy, bandwidth: Bandwidth
     ) -> None:
-        if device != "cpu" or policy.mode != "eager":
-            raise ArgumentValueError("device", "cpu with mode eager", f"{device} with mode {policy.mode}")
+        if policy.mode != "eager":
+            raise ArgumentValueError("mode", "eager on a CPU", policy.mode)
         self.spec = spec
         self.policy = policy
         hooks = importlib.import_module(recipe.hooks)
@@ -118,16 +118,6 @@ class Bench:
             "wall_s": (time.perf_counter_ns() - began) * 1e-9,
         }
 
-    @staticmethod
-    def once(spec: OpSpec, call: Any, runner: Runner) -> float:
-        """Seconds of one call, its output's allocation included."""
-
-        def whole() -> None:
-            call.out = spec.allocate(call)
-            runner(call)
-
-        return _seconds(whole)
-
     def _launches(self, name: str) -> int:
         best = self._best.get(name)
         return 1 if best is None else min(_MAX_LAUNCHES, self.policy.launches_per_sample(best))
@@ -145,6 +135,16 @@ class Bench:
     def _time_sentinel(self) -> list[float]:
         source, target = self._sentinel
         return [_seconds(lambda: target.copy_(source)) for _ in range(_SENTINEL_RUNS)]
+
+
+def once(spec: OpSpec, call: Any, runner: Runner) -> float:
+    """Seconds of one call on the CPU, its output's allocation included."""
+
+    def whole() -> None:
+        call.out = spec.allocate(call)
+        runner(call)
+
+    return _seconds(whole)
 
 
 class Bandwidth:

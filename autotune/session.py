@@ -16,7 +16,10 @@ from ..registry.backend import Backend, Config, Runner
 from ..registry.core import Registry
 from ..registry.decision import RejectCode
 from ..registry.spec import OpSpec
-from .measure import Bandwidth, Bench, MeasurePolicy
+from .measure import Bandwidth, Bench, once
+from .measure_cuda import CudaBandwidth, CudaBench
+from .measure_cuda import once as once_on_gpu
+from .policy import MeasurePolicy
 from .recipe import Origin, ProblemRecipe, find_backend
 from .threads import WithThreads, torch_threads
 
@@ -60,6 +63,9 @@ class Session:
         if device == "cpu":
             torch.set_num_threads(threads)
             _limit_memory()
+        else:
+            torch.cuda.set_device(device)
+            _limit_device_memory(device)
         if registry is None:
             from .. import registry as package
 
@@ -68,9 +74,11 @@ class Session:
         self._recipe: ProblemRecipe | None = None
         self._problem: Any = None
         self._bound: dict[str, _Bound] = {}
-        self._bench: Bench | None = None
+        self._bench: Bench | CudaBench | None = None
         self._inputs: Any = None
         self._bandwidth = Bandwidth()
+        self._device_bandwidth = CudaBandwidth()
+        self._once = once if device == "cpu" else once_on_gpu
 
     def canary(self) -> int:
         """A small known computation: tells a usable device from one that a dead process left broken."""
@@ -152,9 +160,9 @@ class Session:
         """Seconds of first calls, on a copy of the inputs: ``calls`` short ones, or two (the first may compile)."""
         runner = self._bound[name].runner
         call = self._call(self._inputs.clone())
-        seconds = [Bench.once(self.spec, call, runner)]
+        seconds = [self._once(self.spec, call, runner)]
         while len(seconds) < 2 or (len(seconds) < calls and sum(seconds[1:]) < _PATIENCE_S):
-            seconds.append(Bench.once(self.spec, call, runner))
+            seconds.append(self._once(self.spec, call, runner))
         return {"seconds": seconds}
 
     def gate(self, name: str, seeds: list[int], max_token_heads: int) -> dict[str, Any]:
@@ -164,7 +172,7 @@ class Session:
         bound = self._bound[name]
         backend = bound.backend
         threads = torch.get_num_threads()
-        with torch_threads(1), _PeakMemory() as peak:
+        with torch_threads(1), _PeakMemory() if self.device == "cpu" else _PeakDeviceMemory(self.device) as peak:
             try:
                 result = gate(
                     self.recipe.op,
@@ -192,10 +200,13 @@ class Session:
     def make_bench(self, policy: MeasurePolicy) -> dict[str, Any]:
         """Prepare rotated calls for timing the loaded problem, in place of the inputs made so far."""
         self._inputs = None
-        self._bench = Bench(self.spec, self.recipe, self.device, policy, self._bandwidth)
+        if self.device == "cpu":
+            self._bench = Bench(self.spec, self.recipe, self.device, policy, self._bandwidth)
+        else:
+            self._bench = CudaBench(self.spec, self.recipe, self.device, policy, self._device_bandwidth)
         return self._bench.facts()
 
-    def bench(self) -> Bench:
+    def bench(self) -> Bench | CudaBench:
         if self._bench is None:
             raise ValueError("no bench is prepared")
         return self._bench
@@ -214,6 +225,34 @@ def _limit_memory() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     except (OSError, ValueError):
         return  # a platform without this limit
+
+
+#: Share of a GPU's free memory that one worker may take: another one, and the program that tunes, share the device.
+_DEVICE_SHARE = 0.6
+
+
+def _limit_device_memory(device: str) -> None:
+    """Make a greedy candidate fail with OutOfMemoryError, instead of starving the worker that times."""
+    free, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(_DEVICE_SHARE * free / total, device)
+
+
+class _PeakDeviceMemory:
+    """Peak bytes that torch held on a GPU within a block, beyond those at its start."""
+
+    bytes: int | None = None
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __enter__(self) -> _PeakDeviceMemory:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._start = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not isinstance(exc[1], Exception):  # after a sticky error the device says nothing any more
+            self.bytes = max(0, torch.cuda.max_memory_allocated(self._device) - self._start)
 
 
 class _PeakMemory:

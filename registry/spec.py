@@ -34,6 +34,7 @@ class OpSpec:
         cases: named lists of cases shared by tests, gate and benchmarks.
         checks: the op's conformance checks.
         error_inputs: calls that must be refused.
+        tensors: names of a canonical call's tensors, in the order that a pinned runner takes them; ``out`` among them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class OpSpec:
     cases: Callable[[], Mapping[str, Sequence[Any]]]
     checks: Callable[[], Sequence[Any]]
     error_inputs: Callable[[], Sequence[Any]]
+    tensors: Sequence[str]
 
     def __post_init__(self) -> None:
         for field in fields(self):

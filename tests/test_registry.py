@@ -62,6 +62,7 @@ def toy_spec(name="toy"):
         cases=dict,
         checks=list,
         error_inputs=list,
+        tensors=(),
     )
 
 

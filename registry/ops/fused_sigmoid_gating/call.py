@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["TENSORS", "Call"]
 
 #: The tensors of a call in the op's declared order: what a pinned runner is given.
-TENSORS = (
-    "A_log a dt_bias q k v b pool read_slots write_slots cu_seqlens intermediates intermediate_rows parents out"
-).split()
+TENSORS = tuple(
+    "A_log a dt_bias q k v b pool read_slots write_slots cu_seqlens intermediates intermediate_rows parents out".split()
+)
 
 
 @dataclass(eq=False, slots=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...spec import OpSpec
+from .call import TENSORS
 from .inputs import make_inputs
 from .judge import judge
 from .op import FusedSigmoidGating
@@ -64,4 +65,5 @@ SPEC = OpSpec(
     cases=_cases,
     checks=_checks,
     error_inputs=_error_inputs,
+    tensors=tuple(TENSORS),
 )

@@ -31,10 +31,10 @@ def rotated_calls(call: Call, copies: int) -> tuple[Call, ...]:
     """``call`` and up to ``copies - 1`` others that differ only in the slots they name, no slot named twice.
 
     As many as the pool has room for. States stay bounded however often they are run: the decay is at most 1, and
-    the same keys and values pull each state towards the same limit. Every call has its host offsets already, as
-    one that came through the op has.
+    the same keys and values pull each state towards the same limit. Every call has its host offsets already, where
+    the host knows them, as one that came through the op has.
     """
-    call.offsets  # noqa: B018 - fills the cache that the copies inherit
+    inherited = {"offsets": call.offsets} if call.lengths_on_host else {}
     separate = call.update == "separate"
     named = [t for t in (call.read_slots, call.write_slots if separate else None) if t is not None]
     if call.pool is None or not named:
@@ -50,7 +50,7 @@ def rotated_calls(call: Call, copies: int) -> tuple[Call, ...]:
             moved.append(torch.where(t < 0, t, torch.tensor(fresh, dtype=t.dtype, device=t.device)))
         changes = {"read_slots": moved[0], **({"write_slots": moved[1]} if separate else {})}
         other = call.replace(**changes)
-        other.__dict__["offsets"] = call.offsets
+        other.__dict__.update(inherited)
         calls.append(other)
     return tuple(calls)
 
@@ -59,7 +59,8 @@ def bytes_moved(call: Call) -> int:
     """The least bytes any implementation reads and writes: each input once, each result once."""
     inputs = (call.q, call.k, call.v, call.a, call.b, call.v)  # v twice: the output has its size
     total = sum(t.numel() * t.element_size() for t in inputs)
-    lengths = [b - a for a, b in pairwise(call.offsets)]
+    offsets = call.offsets if call.lengths_on_host or call.cu_seqlens is None else call.cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(offsets)]
     if call.pool is not None and call.pool.shape[0]:
         per_slot = call.pool[0].numel() * call.pool.element_size()
         for slots in (call.read_slots, call.write_slots):

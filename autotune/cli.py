@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from ..registry.ops.fused_sigmoid_gating.workload_case import Tier
+from ..registry.ops.fused_sigmoid_gating.workload_case import Policy, Tier
 from .progress import Progress
 
 __all__ = ["warmup"]
@@ -50,6 +50,9 @@ def warmup(
     workloads: Annotated[Path | None, typer.Option(help="YAML file of cases, in place of the model's own")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto (cuda where there is one)")] = "auto",
     tier: Annotated[Tier, typer.Option(help="how much of the workload")] = Tier.CORE,
+    policy: Annotated[
+        list[Policy] | None, typer.Option(help="launch mode to tune for; repeatable; all that the device has")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and its time, tune nothing")] = False,
     budget: Annotated[float | None, typer.Option(help="start no further problem after so many seconds")] = None,
     root: Annotated[Path | None, typer.Option("--root", help="an explicit store instead of the user's")] = None,
@@ -70,7 +73,7 @@ def warmup(
     cases = None if workloads is None else load_workloads(workloads)
     if root is not None:
         registry.use_store(Store.default(root))
-    plan = plan_warmup(model, tp, cases, device, tier=tier if cases is None else Tier.FULL)
+    plan = plan_warmup(model, tp, cases, device, tier=tier if cases is None else Tier.FULL, policies=policy)
     if dry_run:
         out.print(plan_table(plan))
     out.print(plan_summary(plan), markup=False, highlight=False)

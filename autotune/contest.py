@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..registry.decision import RejectCode, Rejected
@@ -184,7 +184,8 @@ class Contest:
         """Have a worker with the problem and a bench, and ``names`` bound in it, and warm unless never timed."""
         if not (self.worker.alive and self.worker.pid == self._ready_in):
             load_problem(self.worker, self.recipe, self.key)
-            facts = self.worker.request("bench", self.worker.limits.load, policy=asdict(self.policy.measure))
+            measure = replace(self.policy.measure, mode=self.recipe.mode)
+            facts = self.worker.request("bench", self.worker.limits.load, policy=asdict(measure))
             self.method = facts["method"]
             self._floor_s = min(facts["floor_s"], self._floor_s or facts["floor_s"])
             self._bound.clear()

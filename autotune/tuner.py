@@ -31,7 +31,7 @@ from .resume import Resume, Verdict, field_digest
 from .select import select
 from .worker import Limits, Worker
 
-__all__ = ["NothingProvenError", "Settings", "Task", "Workers", "default_settings", "known", "tune_problem"]
+__all__ = ["NothingProvenError", "Proven", "Settings", "Task", "Workers", "default_settings", "known", "tune_problem"]
 
 #: Verdicts that say as much about the machine on that day as about the candidate: never carried over.
 _SITUATIONAL = frozenset({RejectCode.TIMEOUT.value, RejectCode.MEMORY.value, RejectCode.CRASH.value})
@@ -44,6 +44,10 @@ class NothingProvenError(IsokernError, RuntimeError):
         self.rejections = tuple(rejections)
         lines = "".join(f"\n  {name}: [{code}] {reason}" for name, code, reason in self.rejections)
         super().__init__(f"no candidate is proven for {problem}:{lines or ' no backend accepts it'}")
+
+
+#: What was proven of (values of a problem, candidate, fingerprint): a launch mode changes times, no values.
+Proven = dict[tuple[str, str, str], Verdict]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +136,14 @@ def tune_problem(
     workers: Workers,
     settings: Settings | None = None,
     progress: Progress | None = None,
+    proven: Proven | None = None,
 ) -> Entry:
     """Tune ``task`` and publish the result; from the store if it is known.
 
     A run that was killed goes on from its journal, which keeps every verdict, screen pass and race block.
+
+    Args:
+        proven: shared between the tunings of one run, so that a candidate is gated once for both launch modes.
 
     Raises:
         NothingProvenError: every candidate was rejected; the reasons are in it (and in the journal).
@@ -147,7 +155,7 @@ def tune_problem(
     hit = known(registry, store, environment, task, admission)
     if hit is not None:
         return hit.entry
-    return _Run(task, registry, store, environment, workers, settings, progress, admission).run()
+    return _Run(task, registry, store, environment, workers, settings, progress, admission, proven).run()
 
 
 class _Run:
@@ -161,7 +169,9 @@ class _Run:
         settings: Settings,
         progress: Progress,
         admission: Admission,
+        proven: Proven | None,
     ) -> None:
+        self.proven: Proven = {} if proven is None else proven
         self.task = task
         self.op = task.recipe.op
         self.version = registry.spec(self.op).contract_version
@@ -176,6 +186,11 @@ class _Run:
             Journal(journal_path(store, environment, self.op, self.version, task.key)),
             digest([__version__, task.recipe.to_dict(), asdict(settings), self._earlier_identity()]),
         )
+
+    @property
+    def _values(self) -> str:
+        """What a call's values depend on, among the problems of one run."""
+        return digest([self.task.recipe.to_dict() | {"mode": ""}])
 
     def _earlier_identity(self) -> str:
         return "" if self.earlier is None else self.earlier.measured["created"]
@@ -238,6 +253,9 @@ class _Run:
             if record is not None and "conformant" in record.tags:  # the same kernel was proven before
                 first_s = None if record.median_us is None else record.median_us * 1e-6
                 verdicts[candidate.name] = Verdict(None, record.tags, first_s)
+            proven = self.proven.get((self._values, candidate.name, candidate.fingerprint))
+            if proven is not None:
+                verdicts[candidate.name] = proven
         examiner = Examiner(
             self.workers.examiner,
             self.task.recipe,
@@ -248,7 +266,12 @@ class _Run:
             self.progress,
             protected,
         )
-        return verdicts | examiner.examine([c for c in field if c.name not in verdicts])
+        verdicts |= examiner.examine([c for c in field if c.name not in verdicts])
+        for candidate in field:
+            if verdicts[candidate.name].proven:
+                found = (self._values, candidate.name, candidate.fingerprint)
+                self.proven[found] = verdicts[candidate.name]
+        return verdicts
 
     # ---- timing
 

@@ -37,7 +37,7 @@ from .device_lock import device_lock
 from .progress import Progress
 from .prove import Proof, prove
 from .recipe import ProblemRecipe
-from .tuner import NothingProvenError, Settings, Task, Workers, default_settings, known, tune_problem
+from .tuner import NothingProvenError, Proven, Settings, Task, Workers, default_settings, known, tune_problem
 
 __all__ = ["Interrupted", "PlannedProblem", "ProblemReport", "WarmupPlan", "WarmupReport", "plan_warmup", "run_warmup"]
 
@@ -175,6 +175,7 @@ def plan_warmup(
     device: str = "cpu",
     *,
     tier: Tier = Tier.CORE,
+    policies: Sequence[Policy] | None = None,
     store: Store | None = None,
     registry: Registry | None = None,
     settings: Settings | None = None,
@@ -184,7 +185,8 @@ def plan_warmup(
 
     Args:
         cases: the workload; None takes the model's serving cases of ``tier``. device: ``cpu``, ``cuda`` or ``auto``
-            (a GPU if there is one). store: None takes the registry's.
+            (a GPU if there is one). policies: launch modes of the cases that name none; None: all that the device
+            has, since they rank candidates differently. store: None takes the registry's.
 
     Raises:
         UnknownNameError: no such model. CatalogueError: it does not split ``tp`` ways.
@@ -198,13 +200,15 @@ def plan_warmup(
     environment = registry.environment(device)
     settings = settings or default_settings(device)
     chosen = serving_cases(found, tier) if cases is None else of_tier(cases, tier)
+    modes = tuple(policies or ((Policy.EAGER,) if environment.device == "cpu" else tuple(Policy)))
     tasks: dict[frozenset[tuple[str, Any]], list[Task]] = {}
     for case in chosen:
         spec = concrete(shard, case, seed)
-        mode: Literal["eager", "graph"] = "graph" if case.policy is Policy.GRAPH else "eager"
-        recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode)
-        task = Task(recipe, describe(spec, device, _arch(environment), mode))
-        tasks.setdefault(frozenset(task.key.items()), []).append(task)
+        for policy in modes if case.policy is None else (case.policy,):
+            mode: Literal["eager", "graph"] = "graph" if policy is Policy.GRAPH else "eager"
+            recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode)
+            task = Task(recipe, describe(spec, environment.device, _arch(environment), mode))
+            tasks.setdefault(frozenset(task.key.items()), []).append(task)
     listed = []
     for shared in tasks.values():
         # One tuning serves all problems of a key; the largest stands for them, as that is where time is lost.
@@ -270,6 +274,7 @@ def run_warmup(
     try:
         with _interruptible(), workers:
             done = 0
+            proven: Proven = {}
             for planned in plan.problems:
                 if planned.entry is not None:
                     reports.append(ProblemReport(planned, planned.entry, 0.0))
@@ -279,7 +284,7 @@ def run_warmup(
                     progress.begin(planned.cases[0], done, todo)
                     with device_lock(plan.device, progress.note):
                         plan.store.refresh()  # whoever held the lock before may have tuned this very problem
-                        reports.append(_tune(plan, planned, workers, progress))
+                        reports.append(_tune(plan, planned, workers, progress, proven))
                     done += 1
             if check:
                 workers.close()
@@ -291,7 +296,9 @@ def run_warmup(
     return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
 
 
-def _tune(plan: WarmupPlan, planned: PlannedProblem, workers: Workers, progress: Progress) -> ProblemReport:
+def _tune(
+    plan: WarmupPlan, planned: PlannedProblem, workers: Workers, progress: Progress, proven: Proven
+) -> ProblemReport:
     began = time.monotonic()
     entry, error = None, ""
     try:
@@ -303,6 +310,7 @@ def _tune(plan: WarmupPlan, planned: PlannedProblem, workers: Workers, progress:
             workers=workers,
             settings=plan.settings,
             progress=progress,
+            proven=proven,
         )
     except NothingProvenError as nothing:
         error = str(nothing)

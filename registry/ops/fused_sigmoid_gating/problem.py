@@ -20,7 +20,7 @@ Strides = Literal["dense", "rows", "any"]
 
 _NOT_TUNED = frozenset(
     "arch a_dtype b_dtype A_log_dtype dt_bias_dtype index_dtype row_dtype parent_dtype cu_dtype "
-    "custom_scale custom_softplus".split()
+    "custom_scale custom_softplus lengths_on_host".split()
 )
 
 
@@ -90,8 +90,9 @@ class Problem:
     def tuning_key(self) -> dict[str, int | str | bool]:
         """The part of :meth:`key` that tuned choices are stored under.
 
-        Index and gate dtypes and the values of scale and softplus are left out: they decide whether a backend may
-        run (its predicate sees them) but hardly how fast, and every field here multiplies what must be tuned.
+        Index and gate dtypes, the values of scale and softplus, and whether the host knows the lengths are left out:
+        they decide whether a backend may run (its predicate sees them) but hardly how fast, and every field here
+        multiplies what must be tuned.
         A field that does not apply (the pool's dtype without a pool) is absent: the store holds scalars only.
         """
         return {name: value for name, value in self.key().items() if name not in _NOT_TUNED and value is not None}

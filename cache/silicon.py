@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..errors import StoreError
@@ -80,24 +83,39 @@ def read_cpu() -> tuple[CpuSilicon, str]:
 
 
 def read_cuda(index: int | None = None) -> tuple[CudaSilicon, str]:
-    """A CUDA device (the current one by default) and its product name. Imports torch.
+    """A CUDA device (the current one by default) and its product name. Initialises CUDA in this process never.
 
     Raises:
         StoreError: no CUDA device, or none with that index.
     """
-    import torch
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        count = torch.cuda.device_count()
+        index = torch.cuda.current_device() if index is None else index
+        if index >= count:
+            raise StoreError(f"cuda:{index} does not exist: this process sees {count} CUDA device(s)")
+        found = torch.cuda.get_device_properties(index)
+        facts = (found.major, found.minor, found.multi_processor_count, found.total_memory, found.name)
+    else:
+        facts = _probe(index or 0)
+    major, minor, sm_count, memory, name = facts
+    return CudaSilicon(f"{major}.{minor}", sm_count, round(memory / 2**30)), name
 
-    if not torch.cuda.is_available():
-        raise StoreError("no CUDA device is available to this process")
-    count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if index is None else index
-    if index >= count:
-        raise StoreError(f"cuda:{index} does not exist: this process sees {count} CUDA device(s)")
-    found = torch.cuda.get_device_properties(index)
-    silicon = CudaSilicon(
-        f"{found.major}.{found.minor}", found.multi_processor_count, round(found.total_memory / 2**30)
-    )
-    return silicon, found.name
+
+@cache
+def _probe(index: int) -> tuple[int, int, int, int, str]:
+    """Ask a process of its own: a driver that is initialised here could not be used after a fork."""
+    script = Path(__file__).with_name("cuda_probe.py")
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-I", str(script), str(index)], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StoreError(f"no CUDA device can be asked for: {error}") from error
+    if asked.returncode:
+        raise StoreError(f"no CUDA device is available to this process: {asked.stderr.strip()}")
+    facts = json.loads(asked.stdout)
+    return facts["major"], facts["minor"], facts["sm_count"], facts["memory_bytes"], facts["name"]
 
 
 def cuda_driver() -> str:

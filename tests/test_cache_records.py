@@ -7,11 +7,14 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isokern.cache import silicon
 from isokern.cache.candidate import CandidateRecord, config_label
 from isokern.cache.codec import SCHEMA, InvalidRecordError, canonical, seal, unseal
 from isokern.cache.compare import ABSENT, differences
@@ -60,6 +63,22 @@ def entry(**changes: object) -> Entry:
     return Entry(**{**values, **changes})
 
 
+#: Two devices, of which the functions that the probe needs know something.
+DRIVER = """
+#include <stdio.h>
+int cuInit(unsigned flags) { return flags; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : -1;
+  return 0;
+}
+int cuDeviceTotalMem_v2(unsigned long *bytes, int device) { *bytes = 85017493504UL; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { return snprintf(name, size, "Stand-in %d", device) < 0; }
+int cuGetErrorString(int code, const char **text) { *text = "stand-in error"; return 0; }
+"""
+
+
 class TestEnvironment:
     def test_survives_json(self):
         again = Environment.from_dict(json.loads(json.dumps(H100.to_dict())))
@@ -103,7 +122,6 @@ class TestEnvironment:
         assert here.hash != current_environment("cpu", threads=4).hash
 
     def test_threads_are_asked_of_torch_if_not_given(self):
-        torch = pytest.importorskip("torch")
         assert current_environment("cpu").threads == torch.get_num_threads()
 
     @pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:x", ""])
@@ -112,16 +130,53 @@ class TestEnvironment:
             current_environment(device)
 
     def test_a_missing_cuda_device_is_a_store_error(self, monkeypatch):
-        torch = pytest.importorskip("torch")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        silicon._probe.cache_clear()
         with pytest.raises(StoreError, match="no CUDA device"):
             current_environment("cuda")
 
+    def test_a_process_without_cuda_asks_another_one_and_stays_without(self, monkeypatch):
+        facts = {"major": 9, "minor": 0, "sm_count": 132, "memory_bytes": 85_017_493_504, "name": "NVIDIA H100"}
+        asked = []
+
+        def run(command, **options):
+            asked.append(command)
+            return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
+
+        monkeypatch.setattr(silicon.subprocess, "run", run)
+        silicon._probe.cache_clear()
+        try:
+            here = current_environment("cuda:3")
+        finally:
+            silicon._probe.cache_clear()
+        assert here.silicon == CudaSilicon("9.0", 132, 79)
+        assert (asked[0][1], asked[0][-1]) == ("-I", "3"), "isolated, and for that device"
+        assert not torch.cuda.is_initialized()
+
+    def test_the_probe_talks_to_the_driver_alone(self, tmp_path):
+        """Against a stand-in for libcuda: the calls, their order and the attributes' numbers."""
+        source = tmp_path / "cuda.c"
+        source.write_text(DRIVER)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(source)], check=True)
+        script = Path(silicon.__file__).with_name("cuda_probe.py")
+        environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+
+        def ask(index):
+            command = [sys.executable, "-I", str(script), index]
+            return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+        found = ask("1")
+        assert json.loads(found.stdout) == {
+            "major": 9, "minor": 0, "sm_count": 132, "memory_bytes": 85017493504, "name": "Stand-in 1"
+        }  # fmt: skip
+        missing = ask("2")
+        assert missing.returncode == 1
+        assert "cuda:2 does not exist: this process sees 2" in missing.stderr
+
     def test_a_cuda_device_is_read_without_its_name(self, monkeypatch):
-        torch = pytest.importorskip("torch")
         found = type("P", (), {"major": 9, "minor": 0, "multi_processor_count": 132, "name": "NVIDIA H200"})
         found.total_memory = 150_754_820_096  # 140.4 GiB
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
         here = current_environment("cuda:1", threads=7)

@@ -1,29 +1,30 @@
 # Two commands: `make warmup` (the main job) and `make test`. Each sets up .venv first if there is none.
 #
 #   make warmup [MODEL=qwen3-next-80b-a3b] [TP=1] [ARGS="--tier full"]
-#   make test   [ARGS="-k varlen"]
-#   make test-engines   the GPU languages on CPU engines (not part of `make test` yet)
+#   make test   [ARGS="-k varlen"] [JOBS=2]     the GPU backends included, on CPU engines
 #   make lint   ruff, and strict mypy on an installed wheel
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# Without what it depends on: nothing of it is needed here, and torch decides about the rest.
+TRITON ?= triton==3.8.0
 MODEL  ?= qwen3-next-80b-a3b
 TP     ?= 1
+# Test processes.
+JOBS   ?= 2
 ARGS   ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: warmup test test-engines lint clean
+.PHONY: warmup test lint clean
 
 warmup: .venv/ready-run
 	$(BIN)/isokern warmup --model $(MODEL) --tp $(TP) $(ARGS)
 
+# loadgroup: tests of one group (see tests/conftest.py) share a process, the others go wherever there is room.
 test: .venv/ready-test
-	$(BIN)/python -m pytest $(ARGS)
-
-test-engines: .venv/ready-engines
-	$(BIN)/python -m pytest tests/engines $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -35,9 +36,17 @@ lint: .venv/ready-dev
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
 	else $(PYTHON) -m venv .venv; fi
 
-.venv/ready-%: .venv/bin/python pyproject.toml
+.venv/ready-run: .venv/torch
+	$(PIP) --editable ".[numba]"
+	@touch $@
+
+.venv/ready-%: .venv/torch
+	@$(BIN)/python -c "import triton" 2>/dev/null || { echo "installing $(TRITON)"; $(PIP) --no-deps "$(TRITON)"; }
+	$(PIP) --editable ".[$*]"
+	@touch $@
+
+.venv/torch: .venv/bin/python pyproject.toml
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH)"; $(PIP) "$(TORCH)"; }
-	$(PIP) --editable ".[$(if $(filter run,$*),numba,$*)]"
 	@touch $@
 
 clean:

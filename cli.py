@@ -1,4 +1,4 @@
-"""The command line: ``isokern warmup | explain | verify | doctor | models | cache ...``."""
+"""The command line: ``isokern warmup | report | explain | verify | doctor | models | cache ... | plan ...``."""
 
 from __future__ import annotations
 
@@ -127,13 +127,19 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="the long cases too")] = False,
     every_config: Annotated[bool, typer.Option("--every-config", help="each config, not only the default")] = False,
     report: Annotated[Path | None, typer.Option(help="write the findings as JSON")] = None,
+    device: DeviceOption = "auto",
     imports: ImportOption = None,
 ) -> None:
-    """Run the conformance suite and print backend x check. Exit status 1 if anything fails."""
+    """Run the conformance suite and print backend x check. Exit status 1 if anything fails.
+
+    GPU backends run on the GPU; where there is none, or with --device cpu, in their CPU engines.
+    """
     from .registry.conformance.cli import verify_backends
 
     import_backends(imports)
-    ok = verify_backends(OP, backend, check, full=full, every_config=every_config, report=report, out=console())
+    ok = verify_backends(
+        OP, backend, check, full=full, every_config=every_config, report=report, out=console(), device=device
+    )
     raise typer.Exit(0 if ok else 1)
 
 
@@ -157,10 +163,14 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: isokern's own errors are one line and exit status 2; anything else is a bug and keeps its trace."""
     from .autotune.cli import warmup
+    from .autotune.report_cli import report
     from .cache.cli import app as cache_app
+    from .cache.plan_cli import app as plan_app
 
     app.command()(warmup)
+    app.command()(report)
     app.add_typer(cache_app, name="cache")
+    app.add_typer(plan_app, name="plan")
     try:
         app()
     except IsokernError as error:

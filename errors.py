@@ -17,8 +17,10 @@ __all__ = [
     "BackendDeclinedError",
     "BackendFailedError",
     "CatalogueError",
+    "ForkedProcessError",
     "IsokernError",
     "NoBackendError",
+    "NotPreparedError",
     "PlanError",
     "PredicateError",
     "RegistrationError",
@@ -121,6 +123,33 @@ class BackendFailedError(IsokernError, RuntimeError):
         super().__init__(
             f"{stage} failed: op {op!r}, backend {backend!r}, config [{config}], problem {problem}: {message}"
         )
+
+
+class NotPreparedError(IsokernError, RuntimeError):
+    """A call inside a CUDA graph capture needs a kernel that is not compiled yet; nothing was compiled or launched.
+
+    Attributes: ``op``, ``backend``, ``config`` (its label), ``problem`` (its label).
+    """
+
+    def __init__(self, op: str, backend: str, config: str, problem: str) -> None:
+        self.op = op
+        self.backend = backend
+        self.config = config
+        self.problem = problem
+        super().__init__(
+            f"op {op!r}: backend {backend!r}, config [{config}] is not compiled for {problem}, and nothing compiles "
+            f"while a CUDA graph is captured; before capturing, make one such call, or op.prepare(...) with the same "
+            f"arguments, or run `isokern warmup`"
+        )
+
+
+class ForkedProcessError(IsokernError, RuntimeError):
+    """The op was used before this process was forked, and what it used does not survive a fork."""
+
+    def __init__(self, op: str, what: str, instead: str) -> None:
+        self.op = op
+        self.what = what
+        super().__init__(f"op {op!r}: {what} before this process was forked, and that does not survive it; {instead}")
 
 
 class CatalogueError(IsokernError, ValueError):

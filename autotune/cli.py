@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -55,38 +56,63 @@ def warmup(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and its time, tune nothing")] = False,
     budget: Annotated[float | None, typer.Option(help="start no further problem after so many seconds")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="several GPUs of this host at once: 'all', or indices such as '0,2'")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="all GPUs of the Ray cluster at this address ('auto')")] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="also write the choices into this file, for all ranks of a job")
+    ] = None,
     root: Annotated[Path | None, typer.Option("--root", help="an explicit store instead of the user's")] = None,
     imports: Annotated[
         list[str] | None, typer.Option("--import", help="module or .py file that registers backends; repeatable")
     ] = None,
 ) -> None:
-    """Tune a model's serving workload; interrupted at any point, the next run goes on from there."""
+    """Tune a model's serving workload; interrupted at any point, the next run goes on from there.
+
+    Under torchrun each rank tunes a share on its own GPU, and every host's store ends up with everything.
+    """
     from .. import registry
     from ..cache.store import Store
     from ..cli import console, import_backends
     from ..registry.ops.fused_sigmoid_gating.workloads import load_workloads
+    from .fleet_cli import find_venue, ranks_of, run_on
+    from .merge import save_plan
     from .report import plan_summary, plan_table, report_summary, report_table
-    from .warmup import plan_warmup, run_warmup
+    from .warmup import plan_warmup
+    from .worth import most_valuable_first
 
     import_backends(imports)
-    out = console()
+    venue = find_venue(device, devices, ray)
     cases = None if workloads is None else load_workloads(workloads)
     if root is not None:
         registry.use_store(Store.default(root))
-    plan = plan_warmup(model, tp, cases, device, tier=tier if cases is None else Tier.FULL, policies=policy)
-    if dry_run:
-        out.print(plan_table(plan))
-    out.print(plan_summary(plan), markup=False, highlight=False)
-    if dry_run:
-        return
-    todo = sum(not p.known for p in plan.problems)
-    with _bars(out) as bars:
-        report = run_warmup(plan, _Display(bars, todo), budget_s=budget)
-    out.print(report_table(report))
-    out.print(report_summary(report), markup=False, highlight=False)
-    for error in report.errors:
-        out.print(error, style="red", markup=False, highlight=False)
-    raise typer.Exit(0 if report.ok else 1)
+    with ranks_of(venue) as exchange:
+        out = console() if exchange is None or exchange.rank == 0 else Console(quiet=True)
+        plan = plan_warmup(model, tp, cases, device, tier=tier if cases is None else Tier.FULL, policies=policy)
+        plan = replace(plan, problems=most_valuable_first(plan.problems))
+        tuners = exchange.size if exchange is not None else max(1, len(venue.slots))
+        if dry_run:
+            out.print(plan_table(plan))
+        out.print(plan_summary(plan, tuners), markup=False, highlight=False)
+        if dry_run:
+            return
+        todo = sum(not p.known for p in plan.problems)
+        with _bars(out) as bars:
+            reports = run_on(venue, plan, _Display(bars, todo), budget, exchange)
+        for report in reports:
+            out.print(report_table(report))
+            out.print(report_summary(report, tuners), markup=False, highlight=False)
+            for error in report.errors:
+                out.print(error, style="red", markup=False, highlight=False)
+        if plan_file is not None and (exchange is None or exchange.rank == 0):
+            saved = save_plan(plan, plan_file)
+            out.print(
+                f"plan {saved.content_hash}: {len(saved.choices)} choices in {plan_file}",
+                markup=False,
+                highlight=False,
+            )
+    raise typer.Exit(0 if all(report.ok for report in reports) else 1)
 
 
 def _bars(out: Console) -> Bars:

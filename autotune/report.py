@@ -10,6 +10,7 @@ from rich.text import Text
 
 from .samples import format_seconds
 from .warmup import PlannedProblem, ProblemReport, WarmupPlan, WarmupReport
+from .worth import makespan, units
 
 __all__ = ["format_duration", "plan_summary", "plan_table", "report_summary", "report_table"]
 
@@ -41,14 +42,15 @@ def plan_table(plan: WarmupPlan) -> Table:
     return table
 
 
-def plan_summary(plan: WarmupPlan) -> str:
-    """One line: how much is to do, how long that takes, and where the results go."""
+def plan_summary(plan: WarmupPlan, tuners: int = 1) -> str:
+    """One line: how much is to do, how long that takes ``tuners`` devices, and where the results go."""
     todo = sum(not p.known for p in plan.problems)
     where = plan.store_path or "memory only: no layer of the store is writable"
     if not todo:
         return f"all {len(plan.problems)} problems are known; store: {where}"
-    estimate = format_duration(plan.estimate_s)
-    return f"{todo} of {len(plan.problems)} problems to tune, about {estimate} (from {plan.estimate}); store: {where}"
+    on = f" on {tuners} devices" if tuners > 1 else ""
+    estimate = f"about {format_duration(makespan(units(plan.problems), tuners))}{on} (from {plan.estimate})"
+    return f"{todo} of {len(plan.problems)} problems to tune, {estimate}; store: {where}"
 
 
 def report_table(report: WarmupReport) -> Table:
@@ -90,8 +92,8 @@ def _row(problem: ProblemReport) -> tuple[str | Text, ...]:
     )
 
 
-def report_summary(report: WarmupReport) -> str:
-    """One line: what was done, in what time, and where the results are."""
+def report_summary(report: WarmupReport, tuners: int = 1) -> str:
+    """One line: what was done, in what time against the estimate, and where the results are."""
     known = sum(p.was_known for p in report.problems)
     tuned = sum(p.entry is not None and not p.was_known for p in report.problems)
     proven = sum(p.proof is not None and p.proof.ok for p in report.problems)
@@ -107,7 +109,15 @@ def report_summary(report: WarmupReport) -> str:
     if codes:
         parts.append(f"rejected: {_counts(codes)}")
     where = report.plan.store_path or "memory only"
-    return f"{', '.join(parts)}; {format_duration(report.seconds)}; store: {where}"
+    return f"{', '.join(parts)}; {format_duration(report.seconds)}{_against(report, tuners)}; store: {where}"
+
+
+def _against(report: WarmupReport, tuners: int) -> str:
+    """How the time compares with what the plan had said; nothing if there was nothing to estimate."""
+    estimate = makespan(units(report.plan.problems), tuners)
+    if not estimate or report.skipped or not report.seconds:
+        return ""
+    return f", {report.seconds / estimate:.1f}x the estimate"
 
 
 def _cases(planned: PlannedProblem) -> str:

@@ -207,7 +207,7 @@ def plan_warmup(
         for policy in modes if case.policy is None else (case.policy,):
             mode: Literal["eager", "graph"] = "graph" if policy is Policy.GRAPH else "eager"
             recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode)
-            task = Task(recipe, describe(spec, environment.device, _arch(environment), mode))
+            task = Task(recipe, describe(spec, environment.device, arch_of(environment), mode))
             tasks.setdefault(frozenset(task.key.items()), []).append(task)
     listed = []
     for shared in tasks.values():
@@ -244,7 +244,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _arch(environment: Environment) -> int:
+def arch_of(environment: Environment) -> int:
+    """Compute capability times ten; 0 on a CPU."""
     silicon = environment.silicon
     return int(silicon.capability.replace(".", "")) if isinstance(silicon, CudaSilicon) else 0
 
@@ -272,7 +273,7 @@ def run_warmup(
     todo = sum(not p.known for p in plan.problems)
     workers = Workers(plan.device, plan.threads, plan.settings.limits)
     try:
-        with _interruptible(), workers:
+        with interruptible(), workers:
             done = 0
             proven: Proven = {}
             for planned in plan.problems:
@@ -336,7 +337,7 @@ def _proven(plan: WarmupPlan, reports: Iterable[ProblemReport]) -> list[ProblemR
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted here; the handlers there were are put back. Main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -15,6 +15,9 @@ BUILTIN_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "isokern.backends.torch_native.backends:TorchVectorized",
             "isokern.backends.torch_native.backends:TorchChunked",
             "isokern.backends.numba_cpu.backend:NumbaCpu",
+            "isokern.backends.triton.backend:Triton",
+            "isokern.backends.cupy.backend:Cupy",
+            "isokern.backends.numba_cuda.backend:NumbaCuda",
         ),
     }
 )

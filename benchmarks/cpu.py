@@ -29,6 +29,8 @@ from varlen import measure as measure_varlen
 
 from isokern import registry
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+from isokern.registry.selection import verdicts
 
 OP = "fused_sigmoid_gating"
 BIG = {"h": 16, "hv": 32, "k": 128, "v": 128, "extra_slots": 0}
@@ -120,7 +122,8 @@ def error_of(spec: CaseSpec, backend: str | None) -> float:
 
 
 def measure(spec: CaseSpec, seconds: float, copy: float) -> list[Row]:
-    names = [n for n in registry.backends(OP) if spec.tokens <= SKIP_SLOW.get(n, spec.tokens)]
+    accepting = (o.backend for o in verdicts(registry.backends(OP), describe(spec, "cpu")) if o.verdict)
+    names = [n for n in accepting if spec.tokens <= SKIP_SLOW.get(n, spec.tokens)]
     runners: dict[str, list[Callable[[], torch.Tensor]]] = {n: calls(spec, n) for n in names}
     runners["isokern"] = calls(spec, None)
     runners |= transformers_calls(spec)

@@ -114,6 +114,15 @@ class Environment:
             labels=_pairs(record, "labels"),
         )
 
+    def describe(self) -> str:
+        """The device in a few words: its product name if it is known, else what tells its silicon apart."""
+        product = dict(self.labels).get("product")
+        if product:
+            return product
+        if isinstance(self.silicon, CudaSilicon):
+            return f"a CUDA device of capability {self.silicon.capability} with {self.silicon.memory_gib} GiB"
+        return f"a {self.silicon.arch} CPU with {self.silicon.logical_cores} logical cores"
+
     def diff(self, other: Environment) -> Differences:
         """``{"versions.torch": (mine, theirs), ...}`` for each hashed field that differs; empty if equal."""
         return differences(self._identity(), other._identity())

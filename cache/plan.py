@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import PlanError
 from .candidate import config_label
 from .codec import InvalidRecordError, Scalar, canonical, check_scalars, digest, read, seal, unseal
+from .compare import Differences, differences
 from .entry import key_hash
 from .environment import Environment
 from .files import read_bytes, write_atomic
@@ -137,7 +138,23 @@ class Plan:
         unlike = self.environment.diff(environment)
         if unlike:
             fields = "; ".join(f"{name}: plan {mine!r}, here {here!r}" for name, (mine, here) in unlike.items())
-            raise PlanError(f"plan {self.content_hash} was made for another environment ({fields})")
+            made_for, here = self.environment.describe(), environment.describe()
+            what = f"for {made_for}, this is {here}" if made_for != here else "in another environment"
+            raise PlanError(f"plan {self.content_hash} was made {what} ({fields})")
+
+    def require(self, content_hash: str | None) -> None:
+        """Raise PlanError if ``content_hash`` is given and not this plan's."""
+        if content_hash is not None and content_hash != self.content_hash:
+            raise PlanError(f"expected plan {content_hash}, given plan {self.content_hash}")
+
+    def diff(self, other: Plan) -> Differences:
+        """``{"environment.versions.torch": (mine, theirs), "<op>/<key hash>": (choice, choice), ...}``; empty if the
+        two are the same plan."""
+        found = {f"environment.{name}": pair for name, pair in self.environment.diff(other.environment).items()}
+        return found | differences(self._summary(), other._summary())
+
+    def _summary(self) -> dict[str, str]:
+        return {f"{c.op}/{name}": f"{c.label} {c.fingerprint}" for name, c in self._by_key.items()}
 
     def save(self, path: Path | str) -> None:
         """Write the plan atomically.

@@ -12,8 +12,9 @@ from rich.table import Table
 from .compare import Differences
 from .entry import Entry
 from .found import Located
+from .plan import Plan
 
-__all__ = ["candidates_table", "console", "differences_table", "entries_table", "summary_lines"]
+__all__ = ["candidates_table", "console", "differences_table", "entries_table", "plan_table", "summary_lines"]
 
 
 def console() -> Console:
@@ -93,6 +94,25 @@ def candidates_table(entry: Entry) -> Table:
                 candidate.reason or "",
             )
             for candidate in entry.candidates
+        ),
+    )
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per choice; the fields that all keys share are left out of each row and said in the title."""
+    keys = [choice.key for choice in plan.choices]
+    shared = dict(set.intersection(*(set(key.items()) for key in keys))) if keys else {}
+    return _table(
+        " ".join(f"{name}={shared[name]}" for name in sorted(shared)),
+        ("op", "key", "problem", "choice"),
+        (
+            (
+                choice.op,
+                choice.key_hash,
+                " ".join(f"{name}={choice.key[name]}" for name in sorted(choice.key) if name not in shared),
+                choice.label,
+            )
+            for choice in plan.choices
         ),
     )
 

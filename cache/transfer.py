@@ -15,8 +15,9 @@ from .files import read_bytes, write_atomic
 from .found import Located
 from .layer import Layer
 
-__all__ = ["Absorbed", "absorb", "load_bundle", "movable", "save_bundle"]
+__all__ = ["Absorbed", "Parcel", "absorb", "load_bundle", "movable", "pack", "save_bundle", "unpack"]
 
+#: An entry with the environment it holds for.
 Parcel = tuple[Entry, Environment]
 
 
@@ -71,36 +72,27 @@ def absorb(layer: Layer, parcels: Sequence[Parcel]) -> Absorbed:
     return Absorbed(added, replaced, kept)
 
 
-def save_bundle(path: Path, parcels: Sequence[Parcel]) -> None:
-    """Write ``parcels`` and their environments as one file; raises StoreError if it cannot be written."""
+def pack(parcels: Sequence[Parcel]) -> str:
+    """``parcels`` and their environments as the text of one file."""
     body = {
         "environments": {environment.hash: environment.to_dict() for _, environment in parcels},
         "entries": [entry.to_dict() for entry, _ in parcels],
     }
-    try:
-        write_atomic(path, seal("bundle", body))
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    return seal("bundle", body)
 
 
-def load_bundle(path: Path) -> list[Parcel]:
-    """Read and validate all of a bundle before anything is done with it.
+def unpack(text: str | bytes, source: str) -> list[Parcel]:
+    """Validate all of a bundle before anything is done with it; ``source`` is who sent it, for messages.
 
     Raises:
-        StoreError: missing, damaged, of another schema, or any entry in it invalid.
+        StoreError: damaged, of another schema, or any entry in it invalid.
     """
     try:
-        data = read_bytes(path)
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-    if data is None:
-        raise StoreError(f"{path}: no such file")
-    try:
-        body = unseal("bundle", data)
+        body = unseal("bundle", text)
         environments = {name: _environment(name, record) for name, record in read(body, "environments", dict).items()}
         records = read(body, "entries", list)
     except InvalidRecordError as error:
-        raise StoreError(f"{path}: {error}") from error
+        raise StoreError(f"{source}: {error}") from error
     parcels = []
     for number, record in enumerate(records):
         try:
@@ -108,9 +100,28 @@ def load_bundle(path: Path) -> list[Parcel]:
             if entry.environment not in environments:
                 raise InvalidRecordError(f"its environment {entry.environment} is not in the bundle")
         except InvalidRecordError as error:
-            raise StoreError(f"{path}: entry {number}: {error}") from error
+            raise StoreError(f"{source}: entry {number}: {error}") from error
         parcels.append((entry, environments[entry.environment]))
     return parcels
+
+
+def save_bundle(path: Path, parcels: Sequence[Parcel]) -> None:
+    """Write ``parcels`` and their environments as one file; raises StoreError if it cannot be written."""
+    try:
+        write_atomic(path, pack(parcels))
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_bundle(path: Path) -> list[Parcel]:
+    """Read a file written by :func:`save_bundle`; raises StoreError if it is missing, and as :func:`unpack`."""
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+    if data is None:
+        raise StoreError(f"{path}: no such file")
+    return unpack(data, str(path))
 
 
 def _environment(name: str, record: Any) -> Environment:

@@ -9,8 +9,11 @@ Importing it imports neither torch, triton, cupy nor numba, and initialises no C
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from ..errors import UnknownNameError
+from .agreement import Agreement, DisagreementError
+from .agreement import agree as _agree
 from .backend import Backend, Config, Pinnable, Pinned, Runner
 from .core import Registry
 from .decision import Accepted, Decision, Outcome, RejectCode, Rejected, Rule, Verdict
@@ -20,9 +23,11 @@ from .spec import OpSpec
 
 __all__ = [
     "Accepted",
+    "Agreement",
     "Backend",
     "Config",
     "Decision",
+    "DisagreementError",
     "FunctionBackend",
     "OpSpec",
     "Outcome",
@@ -34,6 +39,7 @@ __all__ = [
     "Rule",
     "Runner",
     "Verdict",
+    "agree",
     "backend",
     "backends",
     "default",
@@ -74,3 +80,8 @@ def use(op: str, backend: str) -> AbstractContextManager[None]:
     if backend not in default.backends(op):
         raise UnknownNameError("backend", backend, default.backends(op))
     return _use(op, backend)
+
+
+def agree(process_group: Any = None, device: str | None = None) -> Agreement:
+    """Make all ranks of a job choose alike; see :func:`registry.agreement.agree`. Collective: every rank calls it."""
+    return _agree(default, process_group, device)

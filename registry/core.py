@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RegistrationError, UnknownNameError
+from ..errors import PlanError, RegistrationError, StoreError, UnknownNameError
 from . import overrides
 from .backend import Backend
 from .decision import Rule
@@ -165,10 +166,37 @@ class Registry:
         self._store = store
         self._forget()
 
-    def pin(self, plan: Plan | None) -> None:
-        """Let ``plan`` decide before any tuned store; None unpins."""
+    @property
+    def plan(self) -> Plan | None:
+        """The pinned plan, if any."""
+        return self._plan
+
+    def pin(self, plan: Plan | Path | str | None, content_hash: str | None = None) -> None:
+        """Let ``plan`` decide before any tuned store; None unpins.
+
+        Args:
+            plan: a plan, or the file of one. content_hash: refuse any plan but this one.
+
+        Raises:
+            PlanError: the file is unreadable or altered, the hash is another one, or the plan was made for another
+                environment (each field that differs is named). What was pinned before stays.
+        """
+        from ..cache.plan import Plan
+
+        if isinstance(plan, Path | str):
+            plan = Plan.load(plan)
+        if plan is not None:
+            plan.require(content_hash)
+            plan.check(self._environment_for(plan))
         self._plan = plan
         self._forget()
+
+    def _environment_for(self, plan: Plan) -> Environment:
+        try:
+            return self.environment(plan.environment.device)
+        except StoreError as error:
+            made_for = plan.environment.describe()
+            raise PlanError(f"plan {plan.content_hash} was made for {made_for}, and there is none here") from error
 
     def refresh(self) -> None:
         """Read the environment's overrides and the stores again, and resolve every call anew."""

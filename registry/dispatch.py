@@ -1,16 +1,18 @@
-"""Dispatcher: from a call to a bound runner, once per distinct call; afterwards one dict lookup."""
+"""Dispatcher: from a problem to a bound runner, once per distinct problem. Ops put their own fast path in front."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BackendFailedError, IsokernError
+from ..errors import BackendDeclinedError, BackendFailedError, IsokernError, NoBackendError, NotPreparedError
 from . import overrides
-from .backend import Config, Runner
-from .decision import Decision, Rule
+from .backend import Backend, Config, Runner
+from .decision import Accepted, Decision, Rule
+from .forks import Forks
 from .selection import Request, decide
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_BOUND", "Bound", "Dispatcher"]
 
-#: Bound runners kept per op. A serving process sees a few hundred distinct calls; beyond this the oldest go.
+#: Bound runners kept per op. A serving process sees a few hundred distinct problems; beyond this the oldest go.
 MAX_BOUND = 4096
 
 
@@ -36,21 +38,30 @@ class Dispatcher:
 
     Attributes:
         spec: the op.
-        bound: calls already resolved, by the op's own hand-picked key.
+        bound: what was resolved, by problem and by what the user forced.
         misses: problems that were resolved without a tuned choice, with how often each was first met.
+        generation: goes up whenever earlier resolutions no longer count.
     """
 
     def __init__(self, spec: OpSpec, registry: Registry) -> None:
         self.spec = spec
         self.registry = registry
-        self.bound: dict[Hashable, Bound] = {}
+        self.bound: dict[tuple[Any, Request], Bound] = {}
         self.misses: Counter[Any] = Counter()
         self.generation = 0
+        self._watchers: list[Callable[[], None]] = []
+        self._forks = Forks(spec.name, self.forget)
+
+    def watch(self, forgotten: Callable[[], None]) -> None:
+        """Have ``forgotten()`` called whenever earlier resolutions no longer count, after ``generation`` went up."""
+        self._watchers.append(forgotten)
 
     def forget(self) -> None:
-        """Drop resolved calls: the store, a plan, the environment or the set of backends has changed."""
-        self.bound.clear()
+        """Drop what was resolved: the store, a plan, the environment or the set of backends has changed."""
         self.generation += 1
+        self.bound.clear()
+        for forgotten in self._watchers:
+            forgotten()
 
     def request(self, backend: str | None) -> Request:
         """What the caller, the context and the environment force for this op."""
@@ -69,28 +80,104 @@ class Dispatcher:
             lambda: self.registry.suggestions(self.spec, problem),
         )
 
-    def resolve(self, key: Hashable, call: Any, backend: str | None) -> Bound:
-        """Slow path: decide, bind, remember under ``key``.
+    def resolve(self, problem: Any, backend: str | None = None) -> Bound:
+        """The bound runner of ``problem``: as resolved before, or decided and bound now.
+
+        While a CUDA graph is captured (``problem.mode == "graph"``) nothing is compiled: the choice must have been
+        prepared, or the same problem have run outside of graphs, whose kernel then serves.
 
         Raises:
+            NotPreparedError: in a capture, where neither is so.
             BackendFailedError: binding (compiling) the chosen backend failed; nothing was written.
+            ForkedProcessError: a forked child cannot run this.
         """
-        problem = self.spec.problem(call, None)
+        key = (problem, self.request(backend))
+        bound = self.bound.get(key)
+        if bound is not None:
+            return bound
+        generation = self.generation
         decision = self.decide(problem, backend)
-        bound = Bound(self.bind(problem, decision.backend, decision.config), decision)
+        self._forks.check(problem, self._implementation(decision.backend))
+        bound = self._captured(key, decision) if _mode(problem) == "graph" else self._bound(problem, decision)
         if decision.rule in (Rule.HEURISTIC, Rule.REFERENCE):
             self.misses[problem] += 1
-        if len(self.bound) >= MAX_BOUND:
-            del self.bound[next(iter(self.bound))]
-        self.bound[key] = bound
+        self._remember(key, bound, generation)
         return bound
+
+    def prepare(self, problem: Any, backend: str | None = None) -> tuple[Bound, ...]:
+        """Bind (compile) ahead what ``problem`` will run; on a GPU both called from the host and inside CUDA graphs.
+
+        A choice that does not run inside graphs is bound for calls from the host only.
+
+        Returns:
+            What was bound: for ``problem``'s own launch mode first.
+
+        Raises:
+            BackendFailedError, ForkedProcessError: as :meth:`resolve`.
+        """
+        made = [self._prepared(problem, backend)]
+        if problem.device != "cpu" and _mode(problem) is not None:
+            twin = problem.with_mode("eager" if problem.mode == "graph" else "graph")
+            try:
+                made.append(self._prepared(twin, backend))
+            except (BackendDeclinedError, NoBackendError):
+                if twin.mode == "eager":
+                    raise
+        return tuple(made)
+
+    def _prepared(self, problem: Any, backend: str | None) -> Bound:
+        key, generation = (problem, self.request(backend)), self.generation
+        bound = self.bound.get(key)
+        if bound is None:
+            decision = self.decide(problem, backend)
+            self._forks.check(problem, self._implementation(decision.backend))
+            bound = self._bound(problem, decision)
+            self._remember(key, bound, generation)
+        return bound
+
+    def _remember(self, key: tuple[Any, Request], bound: Bound, generation: int) -> None:
+        if generation != self.generation:
+            return  # decided by what no longer holds: good for this call only
+        if len(self.bound) >= MAX_BOUND:
+            self.bound.pop(next(iter(self.bound)), None)
+        self.bound[key] = bound
+        self._forks.used(key[0].device)
+
+    def _captured(self, key: tuple[Any, Request], decision: Decision) -> Bound:
+        problem, request = key
+        if self._implementation(decision.backend).provenance == "torch":
+            return self._bound(problem, decision)  # there is nothing to compile
+        twin = self.bound.get((problem.with_mode("eager"), request))
+        if twin is not None:
+            run = twin.decision
+            if (run.backend, run.config) == (decision.backend, decision.config):
+                return Bound(twin.runner, decision)
+            if isinstance(decision.outcome_of(run.backend), Accepted):
+                wanted = f"{decision.backend} [{Config.from_dict(decision.config).label}]"
+                note = f"compiled for calls from the host only; after op.prepare(...) graphs run {wanted}"
+                served = dataclasses.replace(
+                    decision,
+                    backend=run.backend,
+                    config=run.config,
+                    rule=run.rule,
+                    detail=run.detail,
+                    notes=(*decision.notes, note),
+                )
+                return Bound(twin.runner, served)
+        label = Config.from_dict(decision.config).label
+        raise NotPreparedError(self.spec.name, decision.backend, label, problem.label)
+
+    def _implementation(self, name: str) -> Backend:
+        return self.registry.backends(self.spec.name)[name]
+
+    def _bound(self, problem: Any, decision: Decision) -> Bound:
+        return Bound(self.bind(problem, decision.backend, decision.config), decision)
 
     def bind(self, problem: Any, backend: str, config: Mapping[str, Any]) -> Runner:
         """Compile ``backend`` for ``problem``; errors other than isokern's own become BackendFailedError."""
-        implementation = self.registry.backends(self.spec.name)[backend]
         chosen = Config.from_dict(dict(config))
         try:
-            return implementation.bind(problem, chosen)
+            return self._implementation(backend).bind(problem, chosen)
         except IsokernError:
             raise
         except Exception as error:
@@ -100,3 +187,9 @@ class Dispatcher:
         """The typed error for a backend that failed while binding or running."""
         text = f"{type(error).__name__}: {error}"
         return BackendFailedError(self.spec.name, backend, config.label, problem.label, stage, text)
+
+
+def _mode(problem: Any) -> str | None:
+    """The problem's launch mode, for ops that have one."""
+    mode: str | None = getattr(problem, "mode", None)
+    return mode

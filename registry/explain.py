@@ -1,8 +1,9 @@
-"""Printing a Decision. There is no logic here: only what dispatch stored is shown."""
+"""Printing a Decision, and the store's record behind it. There is no logic here: only what was stored is shown."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -12,9 +13,10 @@ from .decision import Accepted, Decision
 
 if TYPE_CHECKING:
     from ..cache.entry import Entry
+    from ..cache.environment import Environment
     from .core import Registry
 
-__all__ = ["candidate_table", "decision_table", "explanation", "render"]
+__all__ = ["candidate_table", "decision_table", "explanation", "render", "tuning_lines"]
 
 
 def decision_table(decision: Decision) -> Table:
@@ -35,17 +37,45 @@ def decision_table(decision: Decision) -> Table:
 
 
 def candidate_table(entry: Entry) -> Table:
-    """What the tuner found for every candidate of a stored choice, fastest first."""
+    """What the tuner found for every candidate of a stored choice, fastest first, those never timed last."""
     table = Table(title="tuned candidates", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "backend", "config", "status", "median us", "reason"):
-        table.add_column(column, justify="right" if column == "median us" else "left", overflow="fold")
+    right = ("median us", "to winner", "samples")
+    for column in ("", "backend", "config", "status", *right, "reason"):
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    best = entry.chosen.median_us
     for c in sorted(entry.candidates, key=lambda c: (c.median_us is None, c.median_us or 0.0)):
         chosen = c.backend == entry.backend and dict(c.config) == dict(entry.config)
         config = ",".join(f"{k}={v}" for k, v in sorted(c.config.items())) or "default"
         status = c.status if c.code is None else f"{c.status} [{c.code}]"
-        median = "" if c.median_us is None else f"{c.median_us:.1f}"
-        table.add_row("->" if chosen else "", c.backend, config, status, median, c.reason or "")
+        median = "" if c.median_us is None else f"{c.median_us:.4g}"
+        ratio = "" if c.median_us is None or not best else f"{c.median_us / best:.2f}x"
+        samples = str(len(c.samples_us) or "")
+        table.add_row("->" if chosen else "", c.backend, config, status, median, ratio, samples, c.reason or "")
     return table
+
+
+def tuning_lines(entry: Entry, current: Mapping[str, str]) -> list[str]:
+    """Why a stored choice won, by how much, when and how it was measured, and what has changed since.
+
+    Args: current: fingerprint of each registered backend.
+    """
+    measured = entry.measured
+    lines = [
+        f"tuned choice: {entry.label}: {entry.rule}",
+        f"margin: {_margin(entry.margin_over_runner_up)} over the runner-up, "
+        f"{_margin(entry.margin_over_default)} over the default",
+        f"measured: {measured['created']}, {measured['method']}, {measured['launches']} launches",
+    ]
+    changed = [name for name in entry.stale_backends(current) if name != entry.backend]
+    if current.get(entry.backend) != entry.chosen.fingerprint:
+        lines.append(f"does not count: {entry.backend!r} has changed since, or is not registered")
+    if changed:
+        lines.append(f"changed since, so a new race could end differently: {', '.join(changed)}")
+    return lines
+
+
+def _margin(fraction: float | None) -> str:
+    return "nothing to compare with" if fraction is None else f"{100 * fraction:+.1f} %"
 
 
 def explanation(decision: Decision, registry: Registry, problem: Any) -> list[RenderableType]:
@@ -55,17 +85,40 @@ def explanation(decision: Decision, registry: Registry, problem: Any) -> list[Re
     key, environment = problem.tuning_key(), registry.environment(problem.device)
     entry = registry.store.peek(decision.op, spec.contract_version, key, environment)
     if entry is not None:
-        return [*parts, "", candidate_table(entry)]
+        prints = {name: registry.fingerprint(decision.op, name) for name in registry.backends(decision.op)}
+        return [*parts, "", *tuning_lines(entry, prints), candidate_table(entry)]
     nearest = registry.store.nearest(decision.op, key, environment)
     if nearest is None:
-        return [*parts, "", "not tuned: the store has no entry of this op for this environment"]
-    parts += ["", "not tuned: the nearest entry differs in"]
+        return [
+            *parts,
+            "",
+            "not tuned: the store has no entry of this op for this environment",
+            *_elsewhere(registry, decision, environment),
+        ]
+    found = nearest.located.entry
+    parts += ["", f"not tuned: the nearest entry, {found.key_hash} with {found.label}, differs in"]
     table = Table(box=None, pad_edge=False)
     for column in ("field", "this problem", "nearest entry"):
         table.add_column(column)
     for name, difference in nearest.differences.items():
         table.add_row(name, str(difference[0]), str(difference[1]))
     return [*parts, table]
+
+
+def _elsewhere(registry: Registry, decision: Decision, environment: Environment) -> list[str]:
+    """Entries of other environments: the usual reason for having none here is an upgrade."""
+    others = {
+        e.environment.hash: e.environment
+        for e in registry.store.entries()
+        if e.environment and e.entry.op == decision.op
+    }
+    lines = []
+    for other in others.values():
+        fields = ", ".join(
+            f"{name}: {theirs!r} there, {mine!r} here" for name, (mine, theirs) in environment.diff(other).items()
+        )
+        lines.append(f"tuned for {other.describe()} [{other.hash}], which differs in {fields}")
+    return lines
 
 
 def render(decision: Decision, width: int = 120) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from isokern import registry
+from isokern.engines import ENGINES
 from isokern.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -136,11 +137,20 @@ class TestCalls:
 
 
 class TestChoice:
-    def test_every_builtin_backend_can_be_forced(self, op):
-        for name in registry.backends(OP):
+    def test_every_builtin_backend_of_this_device_can_be_forced(self, op):
+        for name in set(registry.backends(OP)) - set(ENGINES):
             decision = op.decide(**make_inputs(BASE).kwargs, backend=name)
             assert (decision.backend, decision.rule) == (name, Rule.ARGUMENT)
             run_and_judge_with(name)
+
+    @pytest.mark.parametrize("name", ENGINES)
+    def test_a_gpu_backend_is_never_given_cpu_tensors(self, op, name):
+        inputs = make_inputs(BASE)
+        before = inputs.pool_storage.clone()
+        with pytest.raises(BackendDeclinedError) as raised:
+            op(**inputs.kwargs, backend=name)
+        assert raised.value.code == RejectCode.DEVICE
+        assert torch.equal(inputs.pool_storage, before)
 
     def test_argument_beats_context(self, op, spy):
         kwargs = make_inputs(BASE).kwargs

@@ -10,7 +10,7 @@ from pathlib import Path
 import isokern
 
 ROOT = Path(isokern.__file__).parent
-NOT_PACKAGED = {"tests", "benchmarks", "docs", "examples", "tools", "build", "dist"}
+NOT_PACKAGED = {"tests", "benchmarks", "docs", "examples", "build", "dist"}
 FRAMEWORKS = ("triton", "cupy", "numba")
 
 

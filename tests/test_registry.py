@@ -39,9 +39,7 @@ class Toy:
         self.dispatcher = dispatcher
 
     def __call__(self, n, backend=None):
-        key = (n, backend, self.dispatcher.request(backend))
-        bound = self.dispatcher.bound.get(key) or self.dispatcher.resolve(key, n, backend)
-        return bound.runner(n)
+        return self.dispatcher.resolve(Size(n), backend).runner(n)
 
 
 def toy_spec(name="toy"):

@@ -9,7 +9,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from isokern.registry.ops.fused_sigmoid_gating.problem import Problem
+from isokern.tools.gpu_tables import recurrent
+from isokern.tools.host_tables import host_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,12 +29,13 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def latest(what: str) -> dict:
+def latest(what: str) -> dict[str, Any]:
     """The newest result file of a kind."""
-    return json.loads(sorted(RESULTS.glob(f"*_{what}.json"))[-1].read_text())
+    found: dict[str, Any] = json.loads(sorted(RESULTS.glob(f"*_{what}.json"))[-1].read_text())
+    return found
 
 
-def source(meta: dict) -> str:
+def source(meta: dict[str, Any]) -> str:
     """Where a table's numbers come from, in one line."""
     versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items() if k in ("torch", "numba", "transformers"))
     where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads"
@@ -36,11 +43,11 @@ def source(meta: dict) -> str:
 
 
 def support() -> str:
-    """Backend x feature, from the predicates."""
+    """Backend x feature, from the predicates: asked of a GPU where that is what a backend is for, else of the CPU."""
     from isokern import registry
+    from isokern.engines import ENGINES
     from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
     from isokern.registry.ops.fused_sigmoid_gating.describe import describe
-    from isokern.registry.plugins import checked
 
     base = CaseSpec("base", (3, 9))
     features = {
@@ -61,12 +68,22 @@ def support() -> str:
     }
     backends = registry.backends("fused_sigmoid_gating")
     names = sorted(backends, key=lambda n: -backends[n].priority)
+    on_gpu, on_cpu = partial(describe, device="cuda", arch=90), partial(describe, device="cpu")
+
+    def runs(name: str, problem: Problem) -> bool:
+        """Its own word: what is installed on the machine that makes the table is no matter."""
+        return bool(backends[name].check(problem))
+
     rows = []
     for feature, spec in features.items():
-        verdicts = [checked(backends[n], describe(spec, "cpu")) for n in names]
-        rows.append([feature, *("yes" if v else DECLINED for v in verdicts)])
-    rows.append(["autograd", *("yes" if "differentiable" in backends[n].tags else DECLINED for n in names)])
-    return markdown(["", *(f"`{n}`" for n in names)], rows)
+        answers = (runs(n, (on_gpu if n in ENGINES else on_cpu)(spec)) for n in names)
+        rows.append([feature, *("yes" if yes else DECLINED for yes in answers)])
+    header = [""]
+    for n in names:
+        # Bare offsets on a GPU are not known to the host; as a SequenceLayout they are.
+        places = {"CPU": runs(n, on_cpu(base)), "GPU": runs(n, on_gpu(base.but(as_layout=True)))}
+        header.append(f"`{n}` ({', '.join(place for place, yes in places.items() if yes)})")
+    return markdown(header, rows)
 
 
 def cpu() -> str:
@@ -108,7 +125,13 @@ def varlen() -> str:
     return markdown(header, lines) + source(result["meta"])
 
 
-TABLES: dict[str, Callable[[], str]] = {"support": support, "cpu": cpu, "varlen": varlen}
+TABLES: dict[str, Callable[[], str]] = {
+    "support": support,
+    "cpu": cpu,
+    "varlen": varlen,
+    "recurrent": recurrent,
+    "host_cost": host_cost,
+}
 
 
 def documents() -> list[Path]:

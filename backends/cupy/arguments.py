@@ -7,9 +7,9 @@ import struct
 import numpy as np
 import torch
 
-from ...registry.ops.fused_sigmoid_gating.call import Call
+from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 
-__all__ = ["ARGUMENT_BYTES", "pack"]
+__all__ = ["ARGUMENT_BYTES", "pack", "template"]
 
 # 6 x Tokens (5 words), 2 x Vector (4), 2 x States (6), 5 x Indices (2), 8 words, 6 floats.
 _LAYOUT = struct.Struct(f"={6 * 5 + 2 * 4 + 2 * 6 + 5 * 2 + 8}q6f")
@@ -19,35 +19,35 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64
 _ONE = np.dtype((np.void, ARGUMENT_BYTES))
 _NO_STATES = (0, 0, 0, 0, 0, 0)
 _NO_INDICES = (0, 0)
+_WORD = 8
+#: Tensors in the order of the struct, and the word that each one's address is.
+_WORDS = dict(
+    zip(
+        "q k v a b out A_log dt_bias pool intermediates "
+        "cu_seqlens read_slots write_slots intermediate_rows parents".split(),
+        (0, 5, 10, 15, 20, 25, 30, 34, 38, 44, 50, 52, 54, 56, 58),
+        strict=True,
+    )
+)
 
 
-def pack(call: Call, out: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """The argument, as an array of one element that CuPy and the CPU engine pass by value. Reads no device memory."""
+def template(call: Call) -> tuple[bytes, tuple[tuple[int, int], ...]]:
+    """The argument of calls like this one with every address 0, and where the addresses go.
+
+    Returns:
+        The bytes, and of each tensor present its index in ``TENSORS`` and the byte of its address.
+    """
     kv = call.state_layout == "kv"
-    parents = call.parents
-    data = _LAYOUT.pack(
-        call.q.data_ptr(),
-        *call.q.stride(),
-        call.k.data_ptr(),
-        *call.k.stride(),
-        call.v.data_ptr(),
-        *call.v.stride(),
-        call.a.data_ptr(),
-        *call.a.stride(),
-        *(() if call.is_kda else (0,)),
-        call.b.data_ptr(),
-        *call.b.stride(),
-        0,
-        out.data_ptr(),
-        *out.stride(),
-        call.A_log.data_ptr(),
-        call.A_log.stride(0),
-        0,
-        _FORMATS[call.A_log.dtype],
-        call.dt_bias.data_ptr(),
-        *call.dt_bias.stride(),
-        *(() if call.is_kda else (0,)),
-        _FORMATS[call.dt_bias.dtype],
+    out, parents = call.out, call.parents
+    block = _LAYOUT.pack(
+        *(0, *call.q.stride()),
+        *(0, *call.k.stride()),
+        *(0, *call.v.stride()),
+        *(0, *call.a.stride(), *(() if call.is_kda else (0,))),
+        *(0, *call.b.stride(), 0),
+        *(0, *(_contiguous(call.v.shape) if out is None else out.stride())),
+        *(0, call.A_log.stride(0), 0, _FORMATS[call.A_log.dtype]),
+        *(0, *call.dt_bias.stride(), *(() if call.is_kda else (0,)), _FORMATS[call.dt_bias.dtype]),
         *_states(call.pool, kv),
         *_states(call.intermediates, kv),
         *_indices(call.cu_seqlens),
@@ -70,7 +70,25 @@ def pack(call: Call, out: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.vo
         2.0 if call.allow_neg_eigval else 1.0,
         1.0 / call.softplus_beta,
     )
-    return np.frombuffer(data, _ONE)
+    given = {name for name in TENSORS if name == "out" or getattr(call, name) is not None}
+    return block, tuple((TENSORS.index(name), _WORD * word) for name, word in _WORDS.items() if name in given)
+
+
+def pack(call: Call, out: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """The argument, as an array of one element that is passed by value. Reads no device memory."""
+    call = call if call.out is out else call.replace(out=out)
+    block, places = template(call)
+    filled = bytearray(block)
+    for index, at in places:
+        struct.pack_into("=q", filled, at, getattr(call, TENSORS[index]).data_ptr())
+    return np.frombuffer(filled, _ONE)
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
 
 
 def _states(states: torch.Tensor | None, kv: bool) -> tuple[int, ...]:
@@ -79,8 +97,8 @@ def _states(states: torch.Tensor | None, kv: bool) -> tuple[int, ...]:
         return _NO_STATES
     *outer, x, y = states.stride()
     slot, step, head = outer if len(outer) == 3 else (outer[0], 0, outer[1])
-    return (states.data_ptr(), slot, step, head, *((x, y) if kv else (y, x)))
+    return (0, slot, step, head, *((x, y) if kv else (y, x)))
 
 
 def _indices(indices: torch.Tensor | None) -> tuple[int, int]:
-    return _NO_INDICES if indices is None else (indices.data_ptr(), indices.element_size())
+    return _NO_INDICES if indices is None else (0, indices.element_size())

@@ -10,8 +10,9 @@ from typing import ClassVar
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .. import launch
 from .configs import configs
-from .specialization import MAX_DIM, Specialization
+from .specialization import MAX_DIM
 
 __all__ = ["Cupy"]
 
@@ -49,16 +50,14 @@ class Cupy(Backend):
         return configs(problem)
 
     def bind(self, problem: Problem, config: Config) -> Runner:
-        from .compiling import compiled
-        from .launcher import Launcher
+        from .launcher import launcher
 
-        specialization = Specialization.of(problem, config)
-        return Launcher(compiled(specialization), specialization)
+        return launcher(self.name, problem, config)
 
     def sources(self) -> Sequence[Path]:
         folder = Path(__file__).parent
         names = ("arguments.py", "backend.py", "compiling.py", "launcher.py", "specialization.py")
-        return (*(folder / name for name in names), *sorted((folder / "kernels").iterdir()))
+        return (*(folder / name for name in names), *sorted((folder / "kernels").iterdir()), *launch.sources())
 
     def toolchain(self) -> Mapping[str, str]:
         # The wheel is named after the CUDA version it is built for.

@@ -1,25 +1,33 @@
-"""Compiling the kernel with NVRTC through CuPy, and launching it on torch's current stream."""
+"""Compiling the kernel with NVRTC, through the binding and the library that CuPy brings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ...registry.ops.fused_sigmoid_gating.call import Call
+from ..launch.compiler import Layout, Variant
+from ..launch.cubins import cached, discard, file_of
+from ..launch.image import Image
+from .arguments import template
 from .specialization import Specialization
 
-__all__ = ["FOLDER", "NAME", "NVRTC_OPTIONS", "GpuKernel", "compiled", "source", "sources"]
+__all__ = ["FOLDER", "NAME", "NVRTC_OPTIONS", "CupyCompiler", "grid", "source", "sources"]
 
 FOLDER = Path(__file__).parent / "kernels"
 NAME = "recurrent"
 
-#: Products and sums are fused where the source says fmaf and nowhere else: bits follow from the source alone.
+#: Products and sums are fused where the source says fmaf and nowhere else: bits follow from the source alone. Nothing
+#: else is given: ``cupy.RawModule`` would add ``-ftz=true``, and a gate of 1e-39 must not become 0.
 NVRTC_OPTIONS = ("-std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'#include "(\w+\.cuh)"')
+#: Blocks along the grid's y axis, which sequences are laid along; beyond, they go on along z.
+_GRID_Y = 65535
 
 
 def sources() -> Sequence[Path]:
@@ -29,9 +37,7 @@ def sources() -> Sequence[Path]:
 
 @cache
 def source() -> str:
-    """``recurrent.cu`` with the files it includes in their places: one text, and so one key for CuPy's own cache,
-    which does not look into included files.
-    """
+    """``recurrent.cu`` with the files it includes in their places: one text, which names the kernel on disk."""
     main = f"{NAME}.cu"
     parts = []
     for number, line in enumerate((FOLDER / main).read_text().splitlines(), start=1):
@@ -44,62 +50,49 @@ def source() -> str:
     return "\n".join(parts) + "\n"
 
 
-class _Stream:
-    """What CuPy wants of a stream: its address."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+def grid(specialization: Specialization, n: int, hv: int) -> tuple[int, int, int]:
+    """Blocks for ``n`` sequences; see ``kernels/recurrent.cu``."""
+    return specialization.tiles * hv, min(n, _GRID_Y), -(-n // _GRID_Y)
 
 
-class GpuKernel:
-    """A CuPy function, launched on the device of the tensors and on torch's current stream there."""
+@dataclass(frozen=True, slots=True)
+class CupyCompiler:
+    """One specialisation for one architecture (``arch / 10``). One machine code serves all its calls."""
 
-    __slots__ = ("_functions", "_module")
+    specialization: Specialization
+    arch: int
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self._functions: dict[int, Any] = {}
+    def layout(self, call: Call) -> Layout:
+        block, places = template(call)
+        blocks = grid(self.specialization, call.n, call.hv) if call.q.shape[1] else (0, 0, 0)
+        return Layout(block, places, blocks)
 
-    def __call__(
-        self, grid: tuple[int, int, int], block: tuple[int, int, int], args: tuple[Any, ...], device: torch.device
-    ) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index != torch.cuda.current_device():
-            with torch.cuda.device(index):
-                self._launch(index, grid, block, args)
-        else:
-            self._launch(index, grid, block, args)
+    def expected(self) -> Sequence[Variant]:
+        return (Variant(None, wide=True),)
 
-    def load(self, device: torch.device) -> Any:
-        """The function on a device; compiles there at the first call. ``device`` must be current."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        function = self._functions.get(index)
-        if function is None:
-            function = self._functions[index] = self._module.get_function(NAME).kernel
-        return function
+    def image(self, variant: Variant, fresh: bool = False) -> Image:
+        nvrtc = _nvrtc()
+        options = (f"--gpu-architecture=sm_{self.arch}", *NVRTC_OPTIONS, *self.specialization.options())
+        path = file_of("cupy", (source(), str(options), f"NVRTC {nvrtc.getVersion()}"))
+        if fresh:
+            discard(path)
+        return cached(path, lambda: Image(_cubin(options), NAME, self.specialization.threads))
 
-    def _launch(
-        self, index: int, grid: tuple[int, int, int], block: tuple[int, int, int], args: tuple[Any, ...]
-    ) -> None:
-        function = self._functions.get(index)
-        if function is None:
-            function = self.load(torch.device("cuda", index))
-        # torch's own accessor: torch.cuda.current_stream() builds an object, which costs more than the launch.
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        function(grid, block, args, 0, _Stream(stream))
+    def errors(self) -> tuple[type[Exception], ...]:
+        return (RuntimeError, ImportError, OSError)  # NVRTC's own error is a RuntimeError
 
 
-@cache
-def compiled(specialization: Specialization) -> GpuKernel:
-    """The kernel on the current device. Compiles at the first call; CuPy keeps the binary on disk as well.
+def _nvrtc() -> Any:
+    return import_module("cupy_backends.cuda.libs.nvrtc")
 
-    Raises ``cupy.cuda.compiler.CompileException``.
-    """
-    import cupy
 
-    options = (*NVRTC_OPTIONS, *specialization.options())
-    kernel = GpuKernel(cupy.RawModule(code=source(), options=options))
-    kernel.load(torch.device("cuda", torch.cuda.current_device()))
-    return kernel
+def _cubin(options: Sequence[str]) -> bytes:
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source(), f"{NAME}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getCUBIN(program)) + b"\0"  # CuPy strips the last byte, as if this were a string
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{error}\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)

@@ -1,4 +1,4 @@
-"""The bound runner: from a Call to one launch."""
+"""Runners: from a Call to one launch, on a GPU or by whatever else executes the kernel."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from typing import Any, Protocol
 
 import torch
 
+from ...registry.backend import Config
 from ...registry.ops.fused_sigmoid_gating.call import Call
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from ..launch.launcher import Launcher as GpuLauncher
 from .arguments import pack
+from .compiling import CupyCompiler, grid
 from .specialization import Specialization
 
-__all__ = ["Kernel", "Launcher"]
+__all__ = ["Kernel", "Launcher", "launcher"]
 
-#: Blocks along the grid's y axis, which sequences are laid along; beyond, they go on along z.
-_GRID_Y = 65535
+
+def launcher(backend: str, problem: Problem, config: Config) -> GpuLauncher:
+    """The runner on GPUs. Raises BackendFailedError if the kernel does not compile or load."""
+    compiler = CupyCompiler(Specialization.of(problem, config), problem.arch)
+    return GpuLauncher(backend, problem, config, compiler)
 
 
 class Kernel(Protocol):
-    """A compiled kernel: ``cupy``'s function with torch's stream, or the CPU engine's."""
+    """The kernel, compiled by something that is no GPU's compiler."""
 
     def __call__(
         self, grid: tuple[int, int, int], block: tuple[int, int, int], args: tuple[Any, ...], device: torch.device
     ) -> None:
-        """Launch on ``device``."""
+        """Run it. ``args``: its one argument, by value. ``device``: the tensors'."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """Runs one specialisation. Allocates nothing but an output that is not given; never waits for the device."""
+    """Runs one specialisation through a :class:`Kernel`, with the arguments and the grid of a GPU's launch."""
 
     kernel: Kernel
     specialization: Specialization
@@ -38,9 +45,8 @@ class Launcher:
         if out is None:
             # Rows beyond the last offset belong to no sequence, and are not written.
             out = torch.empty(call.v.shape, dtype=call.q.dtype, device=call.q.device)
-        n = call.n
-        if n == 0 or call.q.shape[1] == 0:
+        if call.n == 0 or call.q.shape[1] == 0:
             return out
-        grid = (self.specialization.tiles * call.hv, min(n, _GRID_Y), -(-n // _GRID_Y))
-        self.kernel(grid, (self.specialization.threads, 1, 1), (pack(call, out),), out.device)
+        blocks = grid(self.specialization, call.n, call.hv)
+        self.kernel(blocks, (self.specialization.threads, 1, 1), (pack(call, out),), out.device)
         return out

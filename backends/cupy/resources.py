@@ -95,7 +95,7 @@ def measure(specialization: Specialization, arch: int) -> Usage:
     finally:
         nvrtc.destroyProgram(program)
     registers = int(_found(r"Used (\d+) registers", log))
-    shared = int(_found(r"(\d+) bytes smem", log))
+    shared = int(_found(r"(\d+) bytes smem", log)) if "bytes smem" in log else 0
     return Usage(
         registers, int(_found(r"(\d+) bytes spill stores", log)), shared, _warps(specialization, registers, shared)
     )
@@ -111,8 +111,9 @@ def _found(pattern: str, log: str) -> str:
 def _warps(specialization: Specialization, registers: int, shared: int) -> int:
     """Registers are given out 256 at a time per warp, shared memory (1 KiB of it reserved) by the block."""
     per_warp = -(-registers * 32 // 256) * 256
-    blocks = min(65536 // (per_warp * specialization.warps), (163 << 10) // (shared + 1024), 32)
-    return min(64, blocks * specialization.warps)
+    warps = specialization.threads // 32
+    blocks = min(65536 // (per_warp * warps), (163 << 10) // (shared + 1024), 32)
+    return min(64, blocks * warps)
 
 
 def rows() -> Iterator[tuple[str, Config, Specialization]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba.core import types
 from numpy.typing import NDArray
 
@@ -87,6 +88,7 @@ def _build(version: int) -> Kernel:
         for _worker in numba.prange(p[at.WORKERS]):
             call_worker(code, p.ctypes.data, r.ctypes.data, order.ctypes.data, counter.ctypes.data)
 
+    threads = torch.get_num_threads()
     compiled_worker = _cached(partial(numba.cfunc, _WORKER), worker)
     compiled_serial = _cached(partial(numba.njit, _ENTRY, nogil=True), serial)
     compiled_parallel = _cached(partial(numba.njit, _ENTRY, nogil=True, parallel=True), parallel)
@@ -94,6 +96,7 @@ def _build(version: int) -> Kernel:
     integers, reals = np.zeros(at.INTEGERS, np.int64), np.zeros(at.REALS, np.float64)
     integers[[at.WORKERS, at.VALUE_DIM, at.V_SPAN]] = 1
     compiled_parallel(compiled_worker.address, integers, reals)
+    torch.set_num_threads(threads)  # Numba has set the default of an OpenMP that torch may share
     return Kernel(
         worker=compiled_worker,
         serial=compiled_serial,

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ...registry.ops.fused_sigmoid_gating.call import Call
+from ...registry.backend import Pinned
+from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 from . import parameters as at
 from .kernel import Kernel
 
@@ -20,6 +22,12 @@ CHUNK = 32
 _WORTH_SHARING = 1 << 17
 #: Tasks per worker below which V is split between tasks.
 _TASKS_PER_WORKER = 2
+#: Where the block holds each tensor's address.
+_PLACES = {
+    "A_log": at.A_LOG, "a": at.A, "dt_bias": at.DT_BIAS, "q": at.Q, "k": at.KEY, "v": at.VALUE, "b": at.B,
+    "pool": at.POOL, "read_slots": at.READ, "write_slots": at.WRITE, "cu_seqlens": at.CU_SEQLENS,
+    "intermediates": at.STEPS, "intermediate_rows": at.ROWS, "parents": at.PARENTS, "out": at.OUT,
+}  # fmt: skip
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -39,10 +47,34 @@ class Launcher:
         out = call.out
         if out is None:
             out = torch.zeros(call.v.shape, dtype=call.q.dtype)
+        if call.n and call.tokens:
+            self.kernel(np.array(self._block(call, out), np.int64), _reals(call))
+        return out
+
+    def pin(self, call: Call) -> Pinned | None:
+        """The runner for calls like ``call``: the block is filled in once, and only addresses are written per call."""
+        if call.out is None:
+            return None
+        given = [i for i, name in enumerate(TENSORS) if getattr(call, name) is not None]
+        places = np.array([_PLACES[TENSORS[i]] for i in given])
+        reals, kernel = _reals(call), self.kernel
+        blocks: dict[int, NDArray[np.int64]] = {}  # how work is divided depends on the number of threads
+
+        def run(tensors: tuple[torch.Tensor, ...]) -> None:
+            block = blocks.get(torch.get_num_threads())
+            if block is None:
+                blocks[torch.get_num_threads()] = block = np.array(self._block(like, tensors[-1]), np.int64)
+            block = block.copy()  # the kernel writes to it, and other threads may be running
+            block[places] = [tensors[i].data_ptr() for i in given]
+            kernel(block, reals)
+
+        # A call of its shapes that keeps nobody's memory alive.
+        like = call.replace(**{TENSORS[i]: _without_memory(getattr(call, TENSORS[i])) for i in given})
+        return run
+
+    def _block(self, call: Call, out: torch.Tensor) -> list[int]:
+        """The integers of the parameter block."""
         batch, length, heads, dim = call.v.shape
-        n = call.n
-        if n == 0 or length == 0:
-            return out
         block = [0] * at.INTEGERS
         for place, tensor in (
             (at.Q, call.q),
@@ -71,7 +103,7 @@ class Launcher:
         if call.parents is not None:
             block[at.PARENTS + 2 : at.PARENTS + 4] = call.parents.stride()
 
-        block[at.N] = n
+        block[at.N] = n = call.n
         block[at.LENGTH] = length
         block[at.GROUP] = heads // call.h
         block[at.HEADS] = heads
@@ -81,15 +113,7 @@ class Launcher:
         block[at.BOUNDED] = call.lower_bound is not None
         block[at.L2NORM] = call.use_qk_l2norm
         self._divide(block, batch * length, n * heads, key_dim, dim)
-        reals = (
-            call.softplus_beta,
-            call.softplus_threshold,
-            call.scale,
-            0.0 if call.lower_bound is None else call.lower_bound,
-            2.0 if call.allow_neg_eigval else 1.0,
-        )
-        self.kernel(np.array(block, np.int64), np.array(reals, np.float64))
-        return out
+        return block
 
     def _divide(self, block: list[int], tokens: int, pairs: int, key_dim: int, dim: int) -> None:
         """Workers, columns per task, and each worker's scratch, for ``pairs`` of a sequence and a value head."""
@@ -121,6 +145,17 @@ class Launcher:
         for place, size in sizes:
             offset += size
             block[place] = offset
+
+
+def _reals(call: Call) -> NDArray[np.float64]:
+    lower_bound = 0.0 if call.lower_bound is None else call.lower_bound
+    factor = 2.0 if call.allow_neg_eigval else 1.0
+    return np.array((call.softplus_beta, call.softplus_threshold, call.scale, lower_bound, factor), np.float64)
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, strides and dtype at address 0."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _describe(block: list[int], place: int, tensor: torch.Tensor, strides: Sequence[int]) -> None:

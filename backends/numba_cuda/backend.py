@@ -10,6 +10,7 @@ from typing import ClassVar
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .. import launch
 from .space import configs_for
 
 __all__ = ["NumbaCuda"]
@@ -54,12 +55,12 @@ class NumbaCuda(Backend):
         return configs_for(problem)
 
     def bind(self, problem: Problem, config: Config) -> Runner:
-        from .launch import Launcher
+        from .launch import launcher
 
-        return Launcher(self.name, problem, config)
+        return launcher(self.name, problem, config)
 
     def sources(self) -> Sequence[Path]:
-        return tuple(sorted(Path(__file__).parent.glob("*.py")))
+        return (*sorted(Path(__file__).parent.glob("*.py")), *launch.sources())
 
     def toolchain(self) -> Mapping[str, str]:
         return {name: metadata.version(name) for name in ("numba", "numba-cuda", "cuda-core")}

@@ -23,7 +23,7 @@ _ZERO = np.float32(0.0)
 def _sigmoid(target: Target) -> Function:
     exp, divide = target.exp, target.divide
 
-    @target.pure
+    @target.value
     def sigmoid(x: Any) -> Any:
         small = exp(-abs(x))
         over = _ONE if x >= _ZERO else small
@@ -36,7 +36,7 @@ def growth_function(target: Target) -> Function:
     """``A_log -> exp(A_log)``, finite: an infinity would meet a zero softplus and give NaN."""
     exp = target.exp
 
-    @target.pure
+    @target.value
     def growth(A_log: Any) -> Any:
         return min(exp(A_log), _LARGEST)
 
@@ -48,11 +48,11 @@ def decay_function(variant: Variant, target: Target) -> Function:
     exp, log1p, divide = target.exp, target.log1p, target.divide
     sigmoid = _sigmoid(target)
 
-    @target.pure
+    @target.value
     def bounded(x: Any, A_log: Any, growth: Any, softplus_beta: Any, softplus_threshold: Any, lower_bound: Any) -> Any:
         return exp(lower_bound * sigmoid(growth * x))
 
-    @target.pure
+    @target.value
     def usual(x: Any, A_log: Any, growth: Any, softplus_beta: Any, softplus_threshold: Any, lower_bound: Any) -> Any:
         z = softplus_beta * x
         if z < _TINY_ARGUMENT:
@@ -70,11 +70,11 @@ def beta_function(variant: Variant, target: Target) -> Function:
     """``b -> sigmoid(b)``, or ``2 * sigmoid(b)`` where negative eigenvalues are allowed."""
     sigmoid = _sigmoid(target)
 
-    @target.pure
+    @target.value
     def beta(b: Any) -> Any:
         return float32(sigmoid(b))
 
-    @target.pure
+    @target.value
     def twice(b: Any) -> Any:
         return float32(_TWO * sigmoid(b))
 

@@ -13,9 +13,23 @@ from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
 
-from .target import Function
+from .target import Function, quad_words
 
-__all__ = ["decode", "load", "load_index", "load_raw", "load_vector", "shared_quad", "store", "store_vector"]
+__all__ = [
+    "decode",
+    "decode_quad",
+    "load",
+    "load_index",
+    "load_raw",
+    "load_raw_quad",
+    "load_vector",
+    "pin",
+    "read_one",
+    "read_quad",
+    "store",
+    "store_vector",
+    "write_quad",
+]
 
 _GLOBAL = 1
 _F32 = ir.FloatType()
@@ -137,56 +151,165 @@ def _accesses(dtype: str, n: int) -> tuple[Any, int, int]:
     return (_F32 if dtype == "float32" else _I32), each, words // each
 
 
+def _element(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+    """Where element ``at`` of an array (of registers, once everything is inlined, or shared) lives."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
+
+
+def _words(builder: Any, address: Any, element: Any, each: int, streaming: bool) -> list[Any]:
+    """``each`` elements of one access."""
+    if not streaming:
+        kind = ir.VectorType(element, each)
+        vector = builder.load(_pointer(builder, address, kind), align=4 * each)
+        return [builder.extract_element(vector, _I32(x)) for x in range(each)]
+    letter = "f" if element == _F32 else "r"
+    places = ", ".join(f"${x}" for x in range(each))
+    many = f".v{each}" if each > 1 else ""
+    given = f"{{{places}}}" if each > 1 else places
+    results = ir.LiteralStructType([element] * each) if each > 1 else element
+    text = f"ld.global.cs{many}.{'f32' if letter == 'f' else 'b32'} {given}, [${each}];"
+    kind = ir.FunctionType(results, [_I64])
+    constraints = ",".join([f"={letter}"] * each) + ",l"
+    loaded = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), [address])
+    return [builder.extract_value(loaded, x) for x in range(each)] if each > 1 else [loaded]
+
+
+def _put_words(builder: Any, address: Any, words: list[Any], streaming: bool) -> None:
+    """One access."""
+    each, element = len(words), words[0].type
+    if not streaming:
+        kind = ir.VectorType(element, each)
+        vector = ir.Constant(kind, ir.Undefined)
+        for x, word in enumerate(words):
+            vector = builder.insert_element(vector, word, _I32(x))
+        builder.store(vector, _pointer(builder, address, kind), align=4 * each)
+        return
+    letter = "f" if element == _F32 else "r"
+    places = ", ".join(f"${x + 1}" for x in range(each))
+    many = f".v{each}" if each > 1 else ""
+    given = f"{{{places}}}" if each > 1 else places
+    text = f"st.global.cs{many}.{'f32' if letter == 'f' else 'b32'} [$0], {given};"
+    kind = ir.FunctionType(ir.VoidType(), [_I64] + [element] * each)
+    constraints = ",".join(["l", *[letter] * each, "~{memory}"])
+    builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), [address, *words])
+
+
 @cache
-def load_vector(dtype: str, n: int) -> Function:
-    """``(address) -> n float32`` for n = 2, 4, 8."""
+def load_vector(dtype: str, n: int, streaming: bool) -> Function:
+    """``(address, out, first, step)``: n = 2, 4, 8 values into ``out[first::step]``."""
     element, each, count = _accesses(dtype, n)
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def load_many(typingctx: Any, address: Any) -> Any:
-        result = types.UniTuple(types.float32, n)  # type: ignore[no-untyped-call]
-
+    def load_many(typingctx: Any, address: Any, out: Any, first: Any, step: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.VectorType(element, each)
+            address, out, first, step = args
             values: list[Any] = []
             for i in range(count):
-                address = builder.add(args[0], _I64(4 * each * i))
-                vector = builder.load(_pointer(builder, address, kind), align=4 * each)
-                words = [builder.extract_element(vector, _I32(x)) for x in range(each)]
-                for word in words:
+                for word in _words(builder, builder.add(address, _I64(4 * each * i)), element, each, streaming):
                     values += [word] if dtype == "float32" else _halves(builder, word, dtype)
-            return context.make_tuple(builder, result, values)
+            for x, value in enumerate(values):
+                at = builder.add(first, builder.mul(step, _I64(x)))
+                builder.store(value, _element(context, builder, signature.args[1], out, at))
+            return context.get_dummy_value()
 
-        return result(types.int64), codegen
+        return types.void(types.int64, out, types.int64, types.int64), codegen
 
     return load_many  # type: ignore[no-any-return]
 
 
 @cache
-def store_vector(dtype: str, n: int) -> Function:
-    """``(address, n float32)`` for n = 2, 4, 8."""
-    element, each, count = _accesses(dtype, n)
+def store_vector(dtype: str, n: int, streaming: bool) -> Function:
+    """``(address, values, first, step)``: the reverse, rounding to nearest even."""
+    _, each, count = _accesses(dtype, n)
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def store_many(typingctx: Any, address: Any, values: Any) -> Any:
+    def store_many(typingctx: Any, address: Any, values: Any, first: Any, step: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.VectorType(element, each)
-            parts = [builder.extract_value(args[1], x) for x in range(n)]
+            address, values, first, step = args
+            parts = []
+            for x in range(n):
+                at = builder.add(first, builder.mul(step, _I64(x)))
+                parts.append(builder.load(_element(context, builder, signature.args[1], values, at)))
             if dtype != "float32":
                 pairs = zip(parts[::2], parts[1::2], strict=True)
                 parts = [_pack(builder, low, high, dtype) for low, high in pairs]
             for i in range(count):
-                vector = ir.Constant(kind, ir.Undefined)
-                for x in range(each):
-                    vector = builder.insert_element(vector, parts[each * i + x], _I32(x))
-                address = builder.add(args[0], _I64(4 * each * i))
-                builder.store(vector, _pointer(builder, address, kind), align=4 * each)
+                words = parts[each * i : each * (i + 1)]
+                _put_words(builder, builder.add(address, _I64(4 * each * i)), words, streaming)
             return context.get_dummy_value()
 
-        many = types.UniTuple(types.float32, n)  # type: ignore[no-untyped-call]
-        return types.void(types.int64, many), codegen
+        return types.void(types.int64, values, types.int64, types.int64), codegen
 
     return store_many  # type: ignore[no-any-return]
+
+
+@cache
+def load_raw_quad(dtype: str) -> Function:
+    """``(address, inner, count, aligned, out, at)``: the bits of four neighbours into ``quad_words(dtype)`` elements.
+
+    One access where ``aligned``; else one per element that exists, ``inner`` bytes apart, and 0 for the others.
+    """
+    words = quad_words(dtype)
+    kind, size = (_I32, 4) if dtype == "float32" else (_I16, 2)
+
+    def element(builder: Any, address: Any, inner: Any, count: Any, x: int) -> Any:
+        before = builder.block
+        with builder.if_then(builder.icmp_signed("<", _I64(x), count)):
+            place = builder.add(address, builder.mul(inner, _I64(x)))
+            loaded = builder.zext(builder.load(_pointer(builder, place, kind), align=size), _I32)
+            inside = builder.block
+        bits = builder.phi(_I32)
+        bits.add_incoming(_I32(0), before)
+        bits.add_incoming(loaded, inside)
+        return bits
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def load_bits(typingctx: Any, address: Any, inner: Any, count: Any, aligned: Any, out: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address, inner, count, aligned, out, at = args
+
+            def put(found: list[Any]) -> None:
+                for x, word in enumerate(found):
+                    place = _element(context, builder, signature.args[4], out, builder.add(at, _I64(x)))
+                    builder.store(word, place)
+
+            with builder.if_else(aligned) as (together, apart):
+                with together:
+                    put(_words(builder, address, _I32, words, False))
+                with apart:
+                    bits = [element(builder, address, inner, count, x) for x in range(4)]
+                    if words == 2:
+                        pairs = zip(bits[::2], bits[1::2], strict=True)
+                        bits = [builder.or_(low, builder.shl(high, _I32(16))) for low, high in pairs]
+                    put(bits)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.boolean, out, types.int64), codegen
+
+    return load_bits  # type: ignore[no-any-return]
+
+
+@cache
+def decode_quad(dtype: str) -> Function:
+    """``(raw, at, out, first)``: the four values of what ``load_raw_quad`` loaded."""
+    words = quad_words(dtype)
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def decode_bits(typingctx: Any, raw: Any, at: Any, out: Any, first: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            raw, at, out, first = args
+            values: list[Any] = []
+            for x in range(words):
+                word = builder.load(_element(context, builder, signature.args[0], raw, builder.add(at, _I64(x))))
+                values += [builder.bitcast(word, _F32)] if dtype == "float32" else _halves(builder, word, dtype)
+            for x, value in enumerate(values):
+                place = builder.add(first, _I64(x))
+                builder.store(value, _element(context, builder, signature.args[2], out, place))
+            return context.get_dummy_value()
+
+        return types.void(raw, types.int64, out, types.int64), codegen
+
+    return decode_bits  # type: ignore[no-any-return]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -209,16 +332,59 @@ def load_index(typingctx: Any, address: Any, wide: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
+def _quad(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+    """Pointer to four neighbours of a shared array that is aligned to 16 bytes."""
+    place = _element(context, builder, kind, array, at)
+    return builder.bitcast(place, ir.PointerType(ir.VectorType(_F32, 4)))
+
+
 @intrinsic  # type: ignore[untyped-decorator]
-def shared_quad(typingctx: Any, array: Any, at: Any) -> Any:
-    """``(shared float32 array aligned to 16 bytes, at) -> 4 float32``; one 16-byte access."""
-    result = types.UniTuple(types.float32, 4)  # type: ignore[no-untyped-call]
+def read_quad(typingctx: Any, array: Any, at: Any, out: Any, first: Any) -> Any:
+    """``(shared float32 array, at, out, first)``: four values in one access; ``at`` is a multiple of four."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        kind = ir.VectorType(_F32, 4)
-        vector = builder.load(builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(kind)), align=16)
-        values = [builder.extract_element(vector, _I32(x)) for x in range(4)]
-        return context.make_tuple(builder, result, values)
+        array, at, out, first = args
+        vector = builder.load(_quad(context, builder, signature.args[0], array, at), align=16)
+        for x in range(4):
+            place = _element(context, builder, signature.args[2], out, builder.add(first, _I64(x)))
+            builder.store(builder.extract_element(vector, _I32(x)), place)
+        return context.get_dummy_value()
 
-    return result(array, types.int64), codegen
+    return types.void(array, types.int64, out, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def write_quad(typingctx: Any, array: Any, at: Any, values: Any, first: Any) -> Any:
+    """``(shared float32 array, at, values, first)``: the reverse."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, at, values, first = args
+        vector = ir.Constant(ir.VectorType(_F32, 4), ir.Undefined)
+        for x in range(4):
+            place = _element(context, builder, signature.args[2], values, builder.add(first, _I64(x)))
+            vector = builder.insert_element(vector, builder.load(place), _I32(x))
+        builder.store(vector, _quad(context, builder, signature.args[0], array, at), align=16)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, values, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def read_one(typingctx: Any, array: Any, at: Any) -> Any:
+    """``(shared float32 array, at) -> float32``, without Python's meaning of a negative index."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_element(context, builder, signature.args[0], args[0], args[1]), align=4)
+
+    return types.float32(array, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pin(typingctx: Any, value: Any) -> Any:
+    """``(int64) -> int64``: the same, computed here and not where it is used: in the shadow of a load, say."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        move = ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "mov.b64 $0, $1;", "=l,l", side_effect=True)
+        return builder.call(move, [args[0]])
+
+    return types.int64(types.int64), codegen

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...registry.ops.fused_sigmoid_gating.call import Call
-from .variant import Variant
+from .variant import ITEM, Variant
 
 __all__ = [
     "FLOATS",
@@ -54,15 +54,13 @@ _STATE_PLACES = (
     *(STRIDE_AT + STRIDES.index(name) for name in ("pool_slot", "steps_row", "steps_step")),
 )
 
-_ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def inner_strides(variant: Variant) -> dict[str, int]:
     """The strides, in bytes, that a kernel of this variant has built in: all 0 (so given per call) for ``any``."""
-    io, a, bias = _ITEM[variant.io], _ITEM[variant.a], _ITEM[variant.dt_bias]
+    io, a, bias = ITEM[variant.io], ITEM[variant.a], ITEM[variant.dt_bias]
     known = {"q_inner": io, "k_inner": io, "v_inner": io, "out_inner": io, "a_inner": a, "dt_bias_inner": bias}
     for what, dtype in (("pool", variant.state), ("steps", variant.steps)):
-        item = _ITEM[dtype] if dtype else 0
+        item = ITEM[dtype] if dtype else 0
         k, v = (variant.v, 1) if variant.layout == "kv" else (1, variant.k)
         known |= {f"{what}_k": k * item, f"{what}_v": v * item}
     return dict.fromkeys(known, 0) if variant.strides == "any" else known

@@ -30,7 +30,7 @@ def held_column(variant: Variant, target: Target) -> Function:
     lanes, columns = variant.lanes, variant.columns
     sharing, _ = _stages(variant)
 
-    @target.pure
+    @target.value
     def column(j: Any) -> Any:
         at = 0
         for stage in range(sharing):
@@ -45,7 +45,7 @@ def holds_output(variant: Variant, target: Target) -> Function:
     """``lane in group -> whether it stores``: of lanes that end with the same column, the first."""
     idle = (1 << _stages(variant)[1]) - 1
 
-    @target.pure
+    @target.value
     def holds(j: Any) -> Any:
         return (j & idle) == 0
 

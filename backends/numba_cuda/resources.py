@@ -14,17 +14,20 @@ from typing import Any
 
 import typer
 
-from ...registry.backend import Config
+from ...registry.backend import Config, fingerprint_files
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.ops.fused_sigmoid_gating.describe import describe
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .space import configs_for
 from .variant import Variant
 
-__all__ = ["ARCHITECTURES", "PROBLEMS", "TABLE", "entries", "measured", "problem_of"]
+__all__ = ["ARCHITECTURES", "PROBLEMS", "TABLE", "entries", "fingerprint", "measured", "problem_of"]
 
 ARCHITECTURES = (80, 90, 100)
 TABLE = Path(__file__).with_name("resources.json")
+
+#: Modules that no kernel depends on.
+_APART = frozenset({"__init__.py", "backend.py", "launch.py", "resources.py"})
 
 _QWEN = CaseSpec("", (1,) * 64, h=16, hv=32, k=128, v=128, state_layout="vk")
 #: What the table covers, by name, and how many of the offered configs of each (None: all).
@@ -63,13 +66,20 @@ def entries() -> Iterator[tuple[str, Config, int]]:
                 yield name, config, arch
 
 
+def fingerprint() -> str:
+    """Of the sources that the table depends on."""
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    return fingerprint_files(module for module in modules if module.name not in _APART)
+
+
 def main() -> None:
     """Compile everything and rewrite the table."""
     rows = []
     for entry in entries():
         rows.append(measured(*entry))
         typer.echo(rows[-1])
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    TABLE.write_text(f'{{"fingerprint": "{fingerprint()}", "entries": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

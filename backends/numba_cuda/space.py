@@ -19,6 +19,9 @@ _REGISTERS = 64 * 1024
 _MULTIPROCESSORS = 132
 _ENOUGH_WARPS = 3 * _MULTIPROCESSORS
 _MOST_CONFIGS = 12
+#: Tokens from which a sequence is long: warps that only stage pay when a window is staged while another is computed.
+_LONG = 16
+_STAGERS = 4
 
 
 def configs_for(problem: Problem) -> tuple[Config, ...]:
@@ -32,9 +35,10 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
 def every_config(problem: Problem) -> tuple[Config, ...]:
     """All that fit the problem and the chip, in no order of merit."""
     found: dict[Config, None] = {}
-    for columns, warps, lanes in product((1, 2, 4, 8), (1, 2, 4, 8), _lane_choices(problem.k)):
-        for resident in (1, _resident(problem, lanes, columns, warps)):
-            config = _config(problem, lanes, columns, warps, resident)
+    choices = product((1, 2, 4, 8), (1, 2, 4, 8), _lane_choices(problem.k), (0, _STAGERS), (False, True), (8, 16))
+    for columns, warps, lanes, stagers, streaming, window in choices:
+        for resident in (1, _resident(problem, lanes, columns, warps + stagers)):
+            config = _config(problem, lanes, columns, warps, resident, stagers, streaming, window)
             if config is not None:
                 found[config] = None
     return tuple(found)
@@ -43,20 +47,26 @@ def every_config(problem: Problem) -> tuple[Config, ...]:
 def default_for(problem: Problem) -> Config:
     """The heuristic: as many columns per lane as still give every scheduler of the chip a warp.
 
-    Wide lanes load and store more per instruction and share staging among more columns; but below one warp per
-    scheduler the chip is not full, and then a token's latency is what counts.
+    Below that a token's latency is what counts. Decodes are bound by memory or by latency, never by arithmetic: they
+    keep to two columns, and small blocks, unless V is contiguous: then wide accesses need columns.
     """
-    lanes = _lanes(problem.k)
-    pairs = max(1, problem.profile.n) * problem.hv
+    lanes, pairs = _lanes(problem), max(1, problem.profile.n) * problem.hv
+    most = 2 if _is_direct(problem) and problem.state_layout == "vk" else 4
+    few = None
     for columns in (4, 2, 1):
         per_warp = WARP // lanes * columns
         warps = min(4, 1 << (max(1, problem.v // per_warp).bit_length() - 1))
         total = pairs * -(-problem.v // per_warp)
         full = total // warps >= 2 * _MULTIPROCESSORS
-        config = _config(problem, lanes, columns, warps, _resident(problem, lanes, columns, warps) if full else 1)
-        if config is not None and (total >= _ENOUGH_WARPS or columns == 1):
-            return config
-    raise AssertionError("one column per lane always fits")
+        if full and _several(problem) and not _is_long(problem):
+            warps = min(2, warps)  # blocks whose loads, arithmetic and stores fall apart in time
+        stagers = _STAGERS if _is_long(problem) and not full else 0
+        resident = _resident(problem, lanes, columns, warps) if full else 1
+        few = _config(problem, lanes, columns, warps, resident, stagers, False, 8)
+        if few is not None and columns <= most and (total >= _ENOUGH_WARPS or columns == 1):
+            return few
+    assert few is not None, "one column per lane always fits"
+    return few
 
 
 def _is_old(problem: Problem) -> bool:
@@ -73,16 +83,30 @@ def _several(problem: Problem) -> bool:
     return problem.profile.longest != 1
 
 
-def _lanes(k: int) -> int:
-    """Lanes that share K: eight, but none without a chunk of it, and at most 32 values each."""
-    chunks = -(-k // CHUNK)
-    return min(8, 1 << max(0, (chunks - 1).bit_length()))
+def _is_long(problem: Problem) -> bool:
+    return problem.profile.longest is None or problem.profile.longest >= _LONG
+
+
+def _is_direct(problem: Problem) -> bool:
+    """Whether the kernel of ``decode`` serves: KDA's gates are too much work for every group of lanes to repeat."""
+    return not _several(problem) and not problem.is_kda and problem.intermediates == "none"
+
+
+def _lanes(problem: Problem) -> int:
+    """Lanes that share K: eight, but none without a chunk of it.
+
+    Where V is contiguous and one token is all there is, four: the groups' columns then are a line of 128 bytes.
+    """
+    chunks = -(-problem.k // CHUNK)
+    usual = 4 if _is_direct(problem) and problem.state_layout == "kv" and problem.k <= 128 else 8
+    return min(usual, 1 << max(0, (chunks - 1).bit_length()))
 
 
 def _lane_choices(k: int) -> tuple[int, ...]:
-    """Half and twice the usual number as well, while every lane has a chunk."""
-    usual, chunks = _lanes(k), -(-k // CHUNK)
-    return tuple(lanes for lanes in (usual, usual // 2, usual * 2) if 1 <= lanes < min(WARP + 1, 2 * chunks))
+    """Every number of lanes from 4 to 16 that leaves no lane without a chunk; fewer where K is small."""
+    chunks = -(-k // CHUNK)
+    most = min(16, 1 << max(0, (chunks - 1).bit_length()))
+    return tuple(lanes for lanes in (1, 2, 4, 8, 16) if most // 4 <= lanes <= most and lanes)
 
 
 def _per_lane(problem: Problem, lanes: int) -> int:
@@ -92,30 +116,54 @@ def _per_lane(problem: Problem, lanes: int) -> int:
 def _resident(problem: Problem, lanes: int, columns: int, warps: int) -> int:
     """Blocks per multiprocessor that the compiler reaches without spilling, as ``resources.json`` shows."""
     per_lane = _per_lane(problem, lanes)
-    needed = columns * per_lane + (90 if _several(problem) else 64) + (32 if problem.is_kda else 0)
+    needed = columns * per_lane + 64 + (32 if problem.is_kda else 0)
     needed += 2 * max(0, per_lane - 16)  # key and query
     needed += 96 if _is_old(problem) else 0
     needed += 64 if problem.strides == "any" else 0
     return max(1, min(16, _REGISTERS // (WARP * warps * min(255, needed))))
 
 
-def _config(problem: Problem, lanes: int, columns: int, warps: int, resident: int) -> Config | None:
-    """The config with these numbers if it fits the problem and the chip, else None."""
-    several = _several(problem)
-    per_lane = _per_lane(problem, lanes)
+def _config(
+    problem: Problem, lanes: int, columns: int, warps: int, resident: int, stagers: int, streaming: bool, window: int
+) -> Config | None:
+    """The config with these numbers if it fits the problem and the chip, else None.
+
+    ``window`` is what several tokens are staged by at most; fewer where sequences or shared memory are shorter.
+    """
+    several, per_lane = _several(problem), _per_lane(problem, lanes)
     tile = warps * (WARP // lanes) * columns
-    window = max(8, warps) if several else warps
+    slots = stagers or warps
+    longest = problem.profile.longest or window
+    window = max(slots, min(window, 1 << (longest - 1).bit_length())) if several else warps
     per_token = 2 * 4 * ((3 if problem.is_kda else 2) * per_lane * lanes + tile + 2)
-    while window * per_token > _MOST_SHARED and window > warps:
+    while window * per_token > _MOST_SHARED and window > slots:
         window //= 2
+    if _is_direct(problem):
+        window = 0
     wasteful = tile > WARP // lanes and tile >= 2 * problem.v
     if columns * per_lane > _most_state(problem) or window * per_token > _MOST_SHARED or wasteful:
         return None
-    return Config.of(lanes=lanes, columns=columns, warps=warps, window=window, overlap=several, resident=resident)
+    if (stagers and not _is_long(problem)) or (streaming and several):
+        return None
+    return Config.of(
+        lanes=lanes,
+        columns=columns,
+        warps=warps,
+        window=window,
+        stagers=stagers,
+        overlap=several,
+        streaming=streaming,
+        resident=resident,
+    )
 
 
 def _distance(config: Config, default: Config) -> int:
-    """In doublings, over all numbers; another residency counts as one."""
-    names = ("lanes", "columns", "warps", "window")
-    doublings = sum(abs(int(config[name]).bit_length() - int(default[name]).bit_length()) for name in names)
-    return doublings + (config["resident"] != default["resident"])
+    """In doublings, over all numbers, columns of a warp instead of a lane; what is on or off counts as one."""
+
+    def numbers(config: Config) -> tuple[int, ...]:
+        lanes, columns = int(config["lanes"]), int(config["columns"])
+        return lanes, WARP // lanes * columns, int(config["warps"]), int(config["window"])
+
+    pairs = zip(numbers(config), numbers(default), strict=True)
+    doublings = sum(abs(mine.bit_length() - other.bit_length()) for mine, other in pairs)
+    return doublings + sum(config[name] != default[name] for name in ("resident", "stagers", "streaming"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["Function", "Target", "gpu"]
+__all__ = ["Function", "Target", "gpu", "quad_words"]
 
 Function = Callable[..., Any]
 
@@ -17,31 +18,46 @@ class Target:
     """What kernel factories build on. Addresses are integers, values float32, however they are stored.
 
     Attributes:
-        device: decorator of functions that use CUDA features (shuffles, barriers, thread indices).
-        pure: decorator of functions of scalars and arrays alone.
+        device: decorator of functions without result that use CUDA features (shuffles, barriers, memory).
+        pure: decorator of functions without result, of scalars and arrays alone.
+        value: decorator of small functions of scalars and arrays alone that have a result.
         load, store: ``load(dtype)(address)`` and ``store(dtype)(address, value)``; stores round to nearest even.
         load_raw, decode: ``decode(dtype)(load_raw(dtype)(address))`` is ``load(dtype)(address)``; the uint32 in between
             may still be under way while other work is done.
-        load_vector, store_vector: ``load_vector(dtype, n)(address)`` gives ``n`` values as a tuple, from an address
-            aligned to ``min(16, n * itemsize)`` bytes; ``store_vector(dtype, n)(address, values)``.
+        load_raw_quad, decode_quad: the same for four neighbours: ``load_raw_quad(dtype)(address, inner, count, aligned,
+            raw, at)`` fills ``quad_words(dtype)`` elements of an array of uint32 from ``at``; ``count`` of the four
+            exist, ``inner`` bytes apart, the others are 0. If ``aligned`` all do, in one access aligned to it.
+            ``decode_quad(dtype)(raw, at, out, first)`` makes ``out[first : first + 4]`` of them.
+        load_vector, store_vector: ``load_vector(dtype, n, streaming)(address, out, first, step)`` loads ``n`` values
+            into ``out[first::step]``, ``store_vector`` does the reverse; addresses are aligned to
+            ``min(16, n * itemsize)`` bytes. Streaming: nobody will want these lines soon.
         load_index: ``(address, wide)``: an int32, or where ``wide`` an int64, as an integer.
         exchange: ``exchange(n)(values, mask, out)``: ``n`` values of the lane whose number differs in ``mask``.
-        shared_quad: ``(array, at)``: four values of a shared float32 array from ``at``, a multiple of four.
+        read_quad, write_quad: ``(array, at, registers, first)``: four values between a shared float32 array, from
+            ``at``, a multiple of four, and ``registers[first : first + 4]``.
+        read_one: ``(array, at)``: a value of a shared float32 array.
+        pin: ``(integer)``: the same, to be computed here and not where it is used.
         fma: ``(x, y, z)``: ``x * y + z`` rounded once. exp, log1p: within 2 ulp. rsqrt: within 2 ulp.
         divide: within 2 ulp, exact by 1, for divisors up to 2**126.
     """
 
     device: Callable[[Function], Function]
     pure: Callable[[Function], Function]
+    value: Callable[[Function], Function]
     load: Callable[[str], Function]
     store: Callable[[str], Function]
     load_raw: Callable[[str], Function]
     decode: Callable[[str], Function]
-    load_vector: Callable[[str, int], Function]
-    store_vector: Callable[[str, int], Function]
+    load_raw_quad: Callable[[str], Function]
+    decode_quad: Callable[[str], Function]
+    load_vector: Callable[[str, int, bool], Function]
+    store_vector: Callable[[str, int, bool], Function]
     load_index: Function
     exchange: Callable[[int], Function]
-    shared_quad: Function
+    read_quad: Function
+    write_quad: Function
+    read_one: Function
+    pin: Function
     fma: Function
     exp: Function
     log1p: Function
@@ -49,10 +65,15 @@ class Target:
     divide: Function
 
 
-def _shuffles(n: int, inlined: Callable[[Function], Function]) -> Function:
+def quad_words(dtype: str) -> int:
+    """How many uint32 the bits of four values take."""
+    return 4 if dtype == "float32" else 2
+
+
+def _shuffles(n: int) -> Function:
     from numba import cuda
 
-    @inlined
+    @_routine
     def exchange(values: Any, mask: Any, out: Any) -> Any:
         for i in range(n):
             out[i] = cuda.shfl_xor_sync(0xFFFFFFFF, values[i], mask)
@@ -60,27 +81,57 @@ def _shuffles(n: int, inlined: Callable[[Function], Function]) -> Function:
     return exchange
 
 
+def _routine(function: Function) -> Function:
+    """A function without result, compiled once per closure and types, and inlined by NVVM.
+
+    Numba would inline it before typing, which costs more time than all the rest of compiling a kernel, each time anew;
+    and its own calls of device functions ask for the GPU, which need not be there.
+    """
+    from numba import types
+    from numba.cuda.core.targetconfig import ConfigStack
+    from numba.cuda.extending import intrinsic
+
+    def call(typingctx: Any, *given: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            flags = ConfigStack().top().copy()
+            flags.forceinline = True
+            made = context.compile_subroutine(builder, function, signature, flags=flags)
+            return context.call_internal(builder, made.fndesc, signature, args)
+
+        return types.void(*given), codegen
+
+    mine, theirs = inspect.signature(call), inspect.signature(function)
+    call.__signature__ = mine.replace(parameters=[mine.parameters["typingctx"], *theirs.parameters.values()])
+    call.__name__ = function.__name__
+    return intrinsic(call)
+
+
 @lru_cache(maxsize=1)
 def gpu() -> Target:
-    """Numba's CUDA compiler. Functions are inlined before typing, so nothing here needs a GPU to be present."""
+    """Numba's CUDA compiler. Nothing here needs a GPU to be present."""
     from numba import cuda
     from numba.cuda import libdevice
 
     from . import intrinsics
 
-    inlined = cuda.jit(device=True, inline="always")
     return Target(
-        device=inlined,
-        pure=inlined,
+        device=_routine,
+        pure=_routine,
+        value=cuda.jit(device=True, inline="always"),
         load=intrinsics.load,
         store=intrinsics.store,
         load_raw=intrinsics.load_raw,
         decode=intrinsics.decode,
+        load_raw_quad=intrinsics.load_raw_quad,
+        decode_quad=intrinsics.decode_quad,
         load_vector=intrinsics.load_vector,
         store_vector=intrinsics.store_vector,
         load_index=intrinsics.load_index,
-        exchange=lru_cache(lambda n: _shuffles(n, inlined)),
-        shared_quad=intrinsics.shared_quad,
+        exchange=lru_cache(_shuffles),
+        read_quad=intrinsics.read_quad,
+        write_quad=intrinsics.write_quad,
+        read_one=intrinsics.read_one,
+        pin=intrinsics.pin,
         fma=libdevice.fmaf,
         exp=libdevice.expf,
         log1p=libdevice.log1pf,

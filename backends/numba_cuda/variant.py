@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from ...registry.backend import Config
 from ...registry.ops.fused_sigmoid_gating.problem import Intermediates, Problem, StateLayout, Strides, Update
 
-__all__ = ["CHUNK", "WARP", "Variant"]
+__all__ = ["CHUNK", "ITEM", "WARP", "Variant"]
 
 WARP = 32
 #: Consecutive K values that one lane takes at a time: 16 bytes of a float32 state, 8 of a 16-bit one. Part of the order
 #: in which sums over K are formed, so it is no config: no config changes a bit of the result.
 CHUNK = 4
+#: Bytes per element.
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,11 @@ class Variant:
             where there is none).
         strides: ``dense``: token strides are constants; ``rows``: given per call; ``any``: every stride is.
         wide: states are read and written in vectors; needs the alignment ``Alignment`` in ``parameters`` checks.
-        lanes, columns, warps: see above. window: tokens staged in shared memory at a time, a multiple of warps.
+        lanes, columns, warps: see above.
+        window: tokens staged in shared memory at a time, a multiple of the warps that stage; 0: nothing is staged.
+        stagers: further warps that do nothing but stage; with 0 the others do it between two windows.
         overlap: a token's output is reduced while the next token's prediction is.
+        streaming: the pool's states are loaded and stored as lines that nobody will want soon.
         resident: blocks that must fit one multiprocessor at a time: bounds the registers of a thread.
     """
 
@@ -57,7 +62,9 @@ class Variant:
     columns: int
     warps: int
     window: int
+    stagers: int
     overlap: bool
+    streaming: bool
     resident: int
 
     @classmethod
@@ -89,14 +96,16 @@ class Variant:
             columns=int(config["columns"]),
             warps=int(config["warps"]),
             window=int(config["window"]),
+            stagers=int(config["stagers"]),
             # A tree replaces the state between two tokens, so nothing of the last one may still be pending.
             overlap=bool(config["overlap"]) and problem.intermediates != "tree",
+            streaming=bool(config["streaming"]),
             resident=int(config["resident"]),
         )
 
     @property
     def threads(self) -> int:
-        return WARP * self.warps
+        return WARP * (self.warps + self.stagers)
 
     @property
     def groups(self) -> int:
@@ -127,6 +136,16 @@ class Variant:
     def padded_k(self) -> int:
         """K rounded up to what all lanes hold."""
         return self.per_lane * self.lanes
+
+    @property
+    def slots(self) -> int:
+        """Warps that stage."""
+        return self.stagers or self.warps
+
+    @property
+    def chunks_per_warp_lane(self) -> int:
+        """Chunks of a row that one lane stages, when the 32 lanes of a warp share it."""
+        return -(-self.padded_k // (CHUNK * WARP))
 
     @property
     def shared_bytes(self) -> int:

@@ -17,8 +17,10 @@ __all__ = [
     "INTEGERS",
     "POINTERS",
     "REALS",
+    "TENSOR_OF",
     "constants",
     "integers",
+    "options",
     "order_of_sums",
     "pointers",
     "reals",
@@ -27,6 +29,12 @@ __all__ = [
 
 #: Names of the kernel's tensors, in order.
 POINTERS = tuple("q k v a b out A_log dt_bias pool read_slots write_slots offsets steps step_rows parents".split())
+#: The tensors of a Call that they are.
+TENSOR_OF = {name: name for name in POINTERS} | {
+    "offsets": "cu_seqlens",
+    "steps": "intermediates",
+    "step_rows": "intermediate_rows",
+}
 REALS = ("scale", "softplus_beta", "softplus_threshold", "lower_bound")
 #: Names of its integers: tokens per row of a batch, then strides in elements.
 INTEGERS = tuple(
@@ -49,6 +57,14 @@ def tiles(problem: Problem, config: Config) -> int:
     return -(-problem.v // int(config["v_tile"]))
 
 
+def options(config: Config) -> dict[str, int | bool]:
+    """What the compiler is told. Products and sums are fused where the source says ``tl.fma`` and nowhere else."""
+    told: dict[str, int | bool] = {"num_warps": int(config["warps"]), "num_stages": 1, "enable_fp_fusion": False}
+    if most := int(config["registers"]):
+        told["maxnreg"] = most
+    return told
+
+
 def constants(problem: Problem, config: Config) -> dict[str, int | bool]:
     """The kernel's ``constexpr`` arguments: shapes, flags and tiles, nothing that changes from batch to batch."""
     v_tile, span = int(config["v_tile"]), int(config["k_span"])
@@ -64,7 +80,8 @@ def constants(problem: Problem, config: Config) -> dict[str, int | bool]:
         "ORDER": order_of_sums(span, lanes),
         "LEVELS": span.bit_length() - 1,
         "TWO": span == CHAINS // 2 and problem.k > span,
-        "DEPTH": int(config["depth"]),
+        "WINDOW": int(config["window"]),
+        "NEXT": problem.profile.longest is None or problem.profile.longest > int(config["window"]),
         "KDA": problem.is_kda,
         "BOUNDED": problem.lower_bound,
         "L2NORM": problem.l2norm,
@@ -74,6 +91,7 @@ def constants(problem: Problem, config: Config) -> dict[str, int | bool]:
         "WRITE": problem.update in ("in_place", "separate"),
         "STEPS": problem.intermediates != "none",
         "TREE": problem.intermediates == "tree",
+        "STREAM": bool(config["stream"]),
     }
 
 
@@ -105,23 +123,7 @@ def order_of_sums(span: int, lanes: int) -> int:
 
 def pointers(call: Call, out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """In the order of :data:`POINTERS`; None where the call has no such tensor."""
-    return (
-        call.q,
-        call.k,
-        call.v,
-        call.a,
-        call.b,
-        out,
-        call.A_log,
-        call.dt_bias,
-        call.pool,
-        call.read_slots,
-        call.write_slots,
-        call.cu_seqlens,
-        call.intermediates,
-        call.intermediate_rows,
-        call.parents,
-    )
+    return tuple(out if name == "out" else getattr(call, TENSOR_OF[name]) for name in POINTERS)
 
 
 def reals(call: Call) -> tuple[float, ...]:

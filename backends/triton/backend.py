@@ -10,6 +10,7 @@ from typing import ClassVar
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .. import launch
 from .configs import configs
 
 __all__ = ["Triton"]
@@ -17,7 +18,16 @@ __all__ = ["Triton"]
 _DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_HEAD = 256
 #: What decides the kernel's code and its launch; the compile report and benchmarks do not.
-_SOURCES = ("arguments.py", "backend.py", "configs.py", "gates.py", "kernel.py", "launcher.py", "tiles.py")
+_SOURCES = (
+    "arguments.py",
+    "backend.py",
+    "compiling.py",
+    "configs.py",
+    "gates.py",
+    "kernel.py",
+    "launcher.py",
+    "tiles.py",
+)
 
 
 class Triton(Backend):
@@ -55,13 +65,13 @@ class Triton(Backend):
         return configs(problem)
 
     def bind(self, problem: Problem, config: Config) -> Runner:
-        from .launcher import Launcher
+        from .launcher import launcher
 
-        return Launcher.of(problem, config)
+        return launcher(self.name, problem, config)
 
     def sources(self) -> Sequence[Path]:
         folder = Path(__file__).parent
-        return tuple(folder / name for name in _SOURCES)
+        return (*(folder / name for name in _SOURCES), *launch.sources())
 
     def toolchain(self) -> Mapping[str, str]:
         return {"triton": metadata.version("triton")}

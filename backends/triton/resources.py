@@ -22,15 +22,25 @@ import torch
 import typer
 
 from ...errors import IsokernError
-from ...registry.backend import Config
+from ...registry.backend import Config, fingerprint_files
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.ops.fused_sigmoid_gating.inputs import make_inputs
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from ...registry.ops.fused_sigmoid_gating.validate import canonical_call
-from .arguments import INTEGERS, POINTERS, REALS, constants, integers, pointers
+from .arguments import INTEGERS, POINTERS, REALS, constants, integers, options, pointers
 from .configs import configs
 
-__all__ = ["ARCHITECTURES", "PROBLEMS", "TABLE", "Resources", "compile_config", "load_table", "problem_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "PROBLEMS",
+    "TABLE",
+    "Resources",
+    "compile_config",
+    "fingerprint",
+    "load_table",
+    "problem_of",
+    "rows",
+]
 
 TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 90, 100)
@@ -51,7 +61,14 @@ PROBLEMS: Mapping[str, CaseSpec] = MappingProxyType(
     }
 )
 #: Of these only so many configs: their code differs from the others' in what every config has in common.
-_SAMPLED = {"prompts vk, K=96 V=192": 3, "tree vk": 3}
+_SAMPLED = {
+    "decode kv": 5,
+    "decode vk, bfloat16 pool": 5,
+    "prompts kv": 5,
+    "prompts vk, KDA": 4,
+    "prompts vk, K=96 V=192": 3,
+    "tree vk": 2,
+}
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -97,8 +114,7 @@ def compile_config(spec: CaseSpec, config: Config, arch: int) -> Resources:
 
     signature, fixed, attributes = _specialised(spec, config, recurrent)
     source = ASTSource(fn=recurrent, signature=signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": int(config["warps"]), "num_stages": 1, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
     return _report(compiled.asm["cubin"], int(compiled.metadata.shared))
 
 
@@ -147,16 +163,23 @@ def _report(cubin: bytes, shared: int) -> Resources:
 def load_table() -> tuple[str, dict[tuple[str, int, str], Resources]]:
     """The Triton version of the checked-in table, and its rows by (problem, architecture, config label)."""
     data = json.loads(TABLE.read_text())
-    rows = {
+    listed = {
         (problem, int(arch.removeprefix("sm_")), label): Resources(*numbers)
         for problem, by_arch in data["problems"].items()
         for arch, by_config in by_arch.items()
         for label, numbers in by_config.items()
     }
-    return data["triton"], rows
+    return data["triton"], listed
 
 
-def _all() -> Iterator[tuple[str, CaseSpec, int, Config]]:
+def fingerprint() -> str:
+    """Of the sources that the table depends on."""
+    folder = Path(__file__).parent
+    return fingerprint_files(folder / f"{name}.py" for name in ("arguments", "configs", "gates", "kernel", "tiles"))
+
+
+def rows() -> Iterator[tuple[str, CaseSpec, int, Config]]:
+    """What the table has rows for."""
     for name, spec in PROBLEMS.items():
         for arch in ARCHITECTURES:
             for config in configs(problem_of(spec))[: _SAMPLED.get(name)]:
@@ -168,18 +191,23 @@ def main(write: bool = typer.Option(False, "--write", help="rewrite the table in
     from importlib.metadata import version
 
     table: dict[str, dict[str, dict[str, list[int]]]] = {}
-    for name, spec, arch, config in _all():
+    for name, spec, arch, config in rows():
         made = compile_config(spec, config, arch)
         typer.echo(f"{name}, sm_{arch}, {config.label}: {made}")
         table.setdefault(name, {}).setdefault(f"sm_{arch}", {})[config.label] = made.to_list()
     if write:
-        data = {"columns": ["registers", "spilled", "shared"], "triton": version("triton"), "problems": table}
+        data = {
+            "fingerprint": fingerprint(),
+            "columns": ["registers", "spilled", "shared"],
+            "triton": version("triton"),
+            "problems": table,
+        }
         one_row_a_line = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(data, indent=1))
         TABLE.write_text(one_row_a_line + "\n")
         return
-    known, rows = load_table()
-    different = [key for key, made in _flat(table) if rows.get(key) != made and known == version("triton")]
-    missing = set(rows) - {key for key, _ in _flat(table)}
+    known, listed = load_table()
+    different = [key for key, made in _flat(table) if listed.get(key) != made and known == version("triton")]
+    missing = set(listed) - {key for key, _ in _flat(table)}
     if different or missing:
         raise typer.Exit(_complain(different, missing))
 

@@ -14,12 +14,18 @@ from ...backends.cupy.backend import Cupy
 from ...backends.cupy.compiling import NAME, source
 from ...backends.cupy.launcher import Launcher
 from ...backends.cupy.specialization import Specialization
-from ...registry.backend import Config, Runner
+from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .engine import CudaOnCpu
 from .raw_kernel import CpuRawKernel
 
-__all__ = ["CupyOnCpu"]
+__all__ = ["CupyOnCpu", "load"]
+
+
+def load() -> tuple[Backend, CudaOnCpu]:
+    """The backend inside the engine, and the engine."""
+    return CupyOnCpu(), CudaOnCpu()
 
 
 class CupyOnCpu(Cupy):

@@ -22,7 +22,7 @@ from .fibers import SCHEDULES, Schedule
 from .memory import CheckedMemory
 from .simulator import Simulator
 
-__all__ = ["NumbaSimulator", "SimulatedNumbaCuda"]
+__all__ = ["NumbaSimulator", "SimulatedNumbaCuda", "load"]
 
 
 class NumbaSimulator:
@@ -67,6 +67,12 @@ class NumbaSimulator:
 
     def _on_block(self, block: int) -> None:
         self.memory.block = block
+
+
+def load() -> tuple[Backend, NumbaSimulator]:
+    """The backend inside the engine, and the engine."""
+    engine = NumbaSimulator()
+    return SimulatedNumbaCuda(engine), engine
 
 
 class SimulatedNumbaCuda(Backend):

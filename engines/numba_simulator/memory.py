@@ -17,7 +17,7 @@ import torch
 
 from ...registry.conformance.check import Violation
 
-__all__ = ["CheckedMemory", "decode"]
+__all__ = ["CheckedMemory", "decode", "values_of"]
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -89,7 +89,7 @@ class CheckedMemory:
     def load_index(self, address: int, wide: int) -> int:
         size = 8 if wide else 4
         self._check(address, size, False)
-        return int.from_bytes(ctypes.string_at(address, size), "little", signed=True)
+        return int.from_bytes(ctypes.string_at(int(address), size), "little", signed=True)
 
     @cache  # noqa: B019  (one object per process)
     def load(self, dtype: str) -> Callable[[int], np.float32]:
@@ -98,14 +98,14 @@ class CheckedMemory:
 
             def read(address: int) -> np.float32:
                 self._check(address, size, False)
-                return np.float32(ctypes.c_float.from_address(address).value)
+                return np.float32(ctypes.c_float.from_address(int(address)).value)
 
             return read
-        values = _decode(np.arange(1 << 16, dtype=np.uint16).tobytes(), dtype)
+        values = values_of(np.arange(1 << 16, dtype=np.uint16).tobytes(), dtype)
 
         def look_up(address: int) -> np.float32:
             self._check(address, size, False)
-            found: np.float32 = values[ctypes.c_uint16.from_address(address).value]
+            found: np.float32 = values[ctypes.c_uint16.from_address(int(address)).value]
             return found
 
         return look_up
@@ -117,7 +117,25 @@ class CheckedMemory:
 
         def read(address: int) -> np.uint32:
             self._check(address, size, False)
-            return np.uint32(kind.from_address(address).value)
+            return np.uint32(kind.from_address(int(address)).value)
+
+        return read
+
+    @cache  # noqa: B019
+    def load_raw_quad(self, dtype: str) -> Callable[[int, int, int, bool, np.ndarray[Any, Any], int], None]:
+        item = _BYTES[dtype]
+        words = item  # of four elements
+
+        def read(address: int, inner: int, count: int, aligned: bool, out: np.ndarray[Any, Any], at: int) -> None:
+            if aligned:
+                self._check(address, 4 * item, False)
+                data = ctypes.string_at(int(address), 4 * item)
+            else:
+                places = [address + inner * x for x in range(max(0, min(4, count)))]
+                for place in places:
+                    self._check(place, item, False)
+                data = b"".join(ctypes.string_at(int(place), item) for place in places).ljust(4 * item, b"\0")
+            out[at : at + words] = np.frombuffer(data, np.uint32)
 
         return read
 
@@ -141,7 +159,7 @@ class CheckedMemory:
         def read(address: int) -> tuple[np.float32, ...]:
             for at in range(address, address + size, step):
                 self._check(at, step, False)
-            return tuple(_decode(ctypes.string_at(address, size), dtype))
+            return tuple(values_of(ctypes.string_at(int(address), size), dtype))
 
         return read
 
@@ -152,7 +170,7 @@ class CheckedMemory:
         def write(address: int, values: tuple[np.float32, ...]) -> None:
             for at in range(address, address + size, step):
                 self._check(at, step, True)
-            ctypes.memmove(address, _encode(np.array(values, dtype=np.float32), dtype), size)
+            ctypes.memmove(int(address), _encode(np.array(values, dtype=np.float32), dtype), size)
 
         return write
 
@@ -161,11 +179,12 @@ def decode(dtype: str) -> Callable[[np.uint32], np.float32]:
     """The value of the bits that ``load_raw`` gives."""
     if dtype == "float32":
         return lambda bits: bits.view(np.float32)
-    values = _decode(np.arange(1 << 16, dtype=np.uint16).tobytes(), dtype)
+    values = values_of(np.arange(1 << 16, dtype=np.uint16).tobytes(), dtype)
     return lambda bits: values[bits]
 
 
-def _decode(data: bytes, dtype: str) -> np.ndarray[Any, Any]:
+def values_of(data: bytes, dtype: str) -> np.ndarray[Any, Any]:
+    """The float32 values of elements as they lie in memory."""
     if dtype == "float32":
         return np.frombuffer(data, np.float32)
     if dtype == "float16":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ...backends.numba_cuda.target import Function, Target
-from .memory import CheckedMemory, decode
+from ...backends.numba_cuda.target import Function, Target, quad_words
+from .memory import CheckedMemory, decode, values_of
 
 __all__ = ["simulated"]
 
@@ -35,15 +36,21 @@ def simulated(memory: CheckedMemory, exchange: Callable[[int], Function]) -> Tar
     return Target(
         device=device,
         pure=pure,
+        value=pure,
         load=memory.load,
         store=memory.store,
         load_raw=memory.load_raw,
         decode=decode,
-        load_vector=memory.load_vector,
-        store_vector=memory.store_vector,
+        load_raw_quad=memory.load_raw_quad,
+        decode_quad=_decode_quad,
+        load_vector=partial(_load_vector, memory),
+        store_vector=partial(_store_vector, memory),
         load_index=memory.load_index,
         exchange=exchange,
-        shared_quad=_shared_quad,
+        read_quad=_read_quad,
+        write_quad=_write_quad,
+        read_one=_read_one,
+        pin=lambda value: value,
         fma=fma,
         exp=_float32(numba, math.exp, np.inf),
         log1p=_float32(numba, math.log1p, np.nan),
@@ -52,12 +59,54 @@ def simulated(memory: CheckedMemory, exchange: Callable[[int], Function]) -> Tar
     )
 
 
-def _shared_quad(array: np.ndarray[Any, Any], at: int) -> tuple[np.float32, ...]:
+def _load_vector(memory: CheckedMemory, dtype: str, n: int, streaming: bool) -> Function:
+    load = memory.load_vector(dtype, n)
+
+    def into(address: int, out: np.ndarray[Any, Any], first: int, step: int) -> None:
+        for x, value in enumerate(load(address)):
+            out[first + x * step] = value
+
+    return into
+
+
+def _store_vector(memory: CheckedMemory, dtype: str, n: int, streaming: bool) -> Function:
+    store = memory.store_vector(dtype, n)
+
+    def from_registers(address: int, values: np.ndarray[Any, Any], first: int, step: int) -> None:
+        store(address, tuple(values[first + x * step] for x in range(n)))
+
+    return from_registers
+
+
+def _decode_quad(dtype: str) -> Function:
+    words = quad_words(dtype)
+
+    def into(raw: np.ndarray[Any, Any], at: int, out: np.ndarray[Any, Any], first: int) -> None:
+        out[first : first + 4] = values_of(raw[at : at + words].tobytes(), dtype)
+
+    return into
+
+
+def _checked_quad(array: np.ndarray[Any, Any], at: int) -> slice:
     if at % 4:
         raise IndexError(f"16-byte access to shared memory at element {at}")
     if not 0 <= at <= len(array) - 4:
         raise IndexError(f"shared memory of {len(array)} elements accessed at {at}")
-    return array[at], array[at + 1], array[at + 2], array[at + 3]
+    return slice(at, at + 4)
+
+
+def _read_quad(array: np.ndarray[Any, Any], at: int, out: np.ndarray[Any, Any], first: int) -> None:
+    out[first : first + 4] = array[_checked_quad(array, at)]
+
+
+def _write_quad(array: np.ndarray[Any, Any], at: int, values: np.ndarray[Any, Any], first: int) -> None:
+    array[_checked_quad(array, at)] = values[first : first + 4]
+
+
+def _read_one(array: np.ndarray[Any, Any], at: int) -> Any:
+    if not 0 <= at < len(array):
+        raise IndexError(f"shared memory of {len(array)} elements accessed at {at}")
+    return array[at]
 
 
 def _float32(numba: Any, function: Any, overflow: float) -> Function:

@@ -1,8 +1,8 @@
 """Runs Triton kernels on a CPU, watching every address: the op's conformance suite without a GPU.
 
 Triton's own interpreter executes a kernel's source with NumPy, one program after another. It must be chosen before
-Triton is first imported, so the engine lives in a process of its own: ``python -m isokern.engines.triton_interpreter``
-runs the suite there, and ``activate()`` turns a process into such a one.
+Triton is first imported, so the engine lives in a process of its own: ``isokern verify --backend triton`` starts one
+and runs the suite there, and ``activate()`` turns a process into such a one.
 
 On top of the interpreter as it ships:
     bfloat16    casts round to nearest even and arithmetic is that of the values (as shipped: truncated casts, and

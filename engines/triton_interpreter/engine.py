@@ -21,7 +21,7 @@ from .execution import ORDERS, Executor
 from .memory import watched
 from .numerics import correct
 
-__all__ = ["InterpretedBackend", "TritonInterpreter", "activate"]
+__all__ = ["InterpretedBackend", "TritonInterpreter", "activate", "load"]
 
 _VARIABLE = "TRITON_INTERPRET"
 #: The GPU a problem on the CPU is said to be on: what the kernels are mainly written for.
@@ -67,6 +67,14 @@ def activate() -> TritonInterpreter:
     return TritonInterpreter(interpreter, tl)
 
 
+def load() -> tuple[Backend, TritonInterpreter]:
+    """The backend inside the engine, and the engine. As :func:`activate`."""
+    engine = activate()
+    from ...backends.triton.backend import Triton
+
+    return InterpretedBackend(Triton()), engine
+
+
 class InterpretedBackend(Backend):
     """A Triton backend that takes CPU tensors, inside the engine.
 
@@ -85,7 +93,7 @@ class InterpretedBackend(Backend):
     def configs(self, problem: Problem) -> Sequence[Config]:
         offered = self.inner.configs(_on_gpu(problem))
         # Reading nothing ahead is the cheapest to interpret, and reading ahead is a config of its own.
-        return sorted(offered, key=lambda c: (-int(c["v_tile"]), -int(c["k_span"]), int(c["depth"])))
+        return sorted(offered, key=lambda c: (-int(c["v_tile"]), -int(c["k_span"]), int(c["window"])))
 
     def bind(self, problem: Problem, config: Config) -> Runner:
         return self.inner.bind(_on_gpu(problem), config)

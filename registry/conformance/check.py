@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..decision import RejectCode, Rejected
 
@@ -48,7 +49,8 @@ class Needs(StrEnum):
     """What a check cannot do without; see ``Subject.has``."""
 
     ANY = "any"
-    CPU = "cpu"  # tensors on the host: threads, lazily mapped memory
+    CPU = "cpu"  # a backend of the CPU: threads
+    HOST = "host"  # tensors in host memory, mapped lazily or with surroundings made for them; in an engine, too
     GPU = "gpu"
     ENGINE = "engine"  # something that executes a GPU language on a CPU and watches its memory accesses
 
@@ -70,6 +72,17 @@ class Finding:
     message: str = ""
     ratio: float | None = None
     seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; an infinite or undefined ratio becomes a string (``"inf"``, ``"nan"``)."""
+        ratio = self.ratio if self.ratio is None or math.isfinite(self.ratio) else str(self.ratio)
+        return {**asdict(self), "status": self.status.value, "ratio": ratio}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
+        """The inverse of :meth:`to_dict`."""
+        ratio = None if data["ratio"] is None else float(data["ratio"])
+        return cls(**{**data, "status": Status(data["status"]), "ratio": ratio})
 
 
 class Violation(AssertionError):

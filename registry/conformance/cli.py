@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ...errors import UnknownNameError
+from ...engines import EngineInfo, MissingEngineError, engine_for
+from ...engines.session import EngineSession
+from ...errors import ArgumentValueError, IsokernError, UnknownNameError
 from .. import backends as registered
+from .. import spec as spec_of
 from ..backend import Backend, Config
 from ..plugins import missing_modules
 from .check import Finding, Tier
 from .report import Report, table
-from .runner import run_checks
+from .runner import belongs_elsewhere, run_checks
 
-__all__ = ["verify_backends"]
+__all__ = ["DEVICES", "verify_backends"]
+
+#: What ``--device`` may name: ``auto`` is the GPU where there is one.
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def verify_backends(
@@ -29,24 +36,34 @@ def verify_backends(
     every_config: bool,
     report: Path | None,
     out: Console,
+    device: str = "auto",
 ) -> bool:
     """Judge backends and print the outcome; True if every one conforms.
 
+    A GPU backend runs on the GPU, or, on a machine without one and with ``device="cpu"``, in its CPU engine.
+
     Raises:
-        UnknownNameError: an unknown backend or check, or a named backend whose framework is not installed.
+        UnknownNameError: an unknown backend or check.
+        ArgumentValueError: a device that is not here, or that a named backend does not run on.
+        MissingEngineError: a backend to be verified in its CPU engine, which lacks something.
+        IsokernError: a named backend whose framework is not installed.
     """
+    tier = Tier.FULL if full else Tier.FAST
+    known = {c.id for c in spec_of(op).checks()}
+    for name in checks or ():
+        if name not in known:
+            raise UnknownNameError("check", name, known)
     reports: list[Report] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as progress:
-        for backend in _chosen(op, names, out):
-            for config in _configs(backend, every_config):
-                task = progress.add_task(backend.name, total=None)
+        for place in _places(op, names, device, out):
+            for config in _configs(place, every_config):
+                task = progress.add_task(place.backend.name, total=None)
 
-                def advance(finding: Finding, task: object = task, name: str = backend.name) -> None:
+                def advance(finding: Finding, task: object = task, name: str = place.backend.name) -> None:
                     progress.update(task, advance=1, description=f"{name} {finding.check}")  # type: ignore[arg-type]
 
-                tier = Tier.FULL if full else Tier.FAST
-                reports.append(run_checks(op, backend, config, checks, tier, advance))
+                reports.append(_run(op, place, config, checks, tier, advance))
                 progress.remove_task(task)
     out.print(table(reports))
     for r in reports:
@@ -61,25 +78,96 @@ def verify_backends(
     return bool(reports) and all(r.ok for r in reports)
 
 
-def _chosen(op: str, names: Sequence[str] | None, out: Console) -> list[Backend]:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A backend, and what it is to run on: a device, or an engine on the CPU."""
+
+    backend: Backend
+    device: str
+    engine: EngineInfo | None = None
+
+
+def _places(op: str, names: Sequence[str] | None, device: str, out: Console) -> list[_Place]:
+    """Where each backend runs. Of those not named, what cannot run here is listed as not verified."""
     known = registered(op)
     for name in names or ():
         if name not in known:
             raise UnknownNameError("backend", name, known)
-        if missing_modules(known[name]):
-            raise UnknownNameError(f"backend (it needs {', '.join(missing_modules(known[name]))})", name, known)
-    picked = [known[name] for name in names or known]
-    for backend in picked:
-        if missing_modules(backend):
-            out.print(f"{backend.name}: not verified, needs {', '.join(missing_modules(backend))}", markup=False)
-    return [b for b in picked if not missing_modules(b)]
+    devices = _devices(device)
+    chosen: list[_Place] = []
+    for name in names or known:
+        try:
+            place = _place(op, known[name], devices, named=bool(names))
+        except MissingEngineError:
+            raise  # installed, so asked for; never passed over
+        except IsokernError as error:
+            if names:
+                raise
+            out.print(f"{name}: not verified: {error}", markup=False, highlight=False)
+        else:
+            chosen.append(place)
+    return chosen
 
 
-def _configs(backend: Backend, every: bool) -> Sequence[Config | None]:
+def _devices(device: str) -> tuple[str, ...]:
+    """The devices to try a backend on, the first that it runs on counts."""
+    if device not in DEVICES:
+        raise ArgumentValueError("--device", " or ".join(DEVICES), repr(device))
+    if device == "cpu":
+        return ("cpu",)
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ArgumentValueError("--device", "a machine with a CUDA device for 'cuda'", "none found")
+    return ("cuda",) if device == "cuda" else ("cuda", "cpu") if available else ("cpu",)
+
+
+def _place(op: str, backend: Backend, devices: Sequence[str], named: bool) -> _Place:
+    missing = missing_modules(backend)
+    engine = engine_for(backend) if "cuda" not in devices else None
+    if engine is not None and (named or not missing):
+        engine.require()
+        return _Place(backend, "cpu", engine)
+    if missing:
+        raise IsokernError(f"backend {backend.name!r} needs {', '.join(missing)}: {_advice(backend)}")
+    reasons = []
+    for device in devices:
+        reason = belongs_elsewhere(op, backend, device)
+        if reason is None:
+            return _Place(backend, device)
+        reasons.append(reason)
+    raise ArgumentValueError("--device", f"one that {backend.name!r} runs on", devices[0], "; ".join(reasons))
+
+
+def _advice(backend: Backend) -> str:
+    extras = {"triton": "triton", "cupy": "cupy-cuda13x", "numba_cuda": "numba-cuda", "numba": "numba"}
+    known = [extras[module] for module in backend.requires if module in extras]
+    return f"pip install 'isokern[{','.join(known)}]'" if known else "install what its distribution asks for"
+
+
+def _run(
+    op: str,
+    place: _Place,
+    config: Config | None,
+    checks: Sequence[str] | None,
+    tier: Tier,
+    advance: Callable[[Finding], None],
+) -> Report:
+    if place.engine is None:
+        return run_checks(op, place.backend, config, checks, tier, advance, device=place.device)
+    with EngineSession(place.backend.name) as session:
+        return session.run_checks(checks, tier, config, advance)
+
+
+def _configs(place: _Place, every: bool) -> Sequence[Config | None]:
     """None stands for each problem's default. The whole space is asked for a middling problem of the op."""
     if not every:
         return (None,)
     from ..ops.fused_sigmoid_gating.case import CaseSpec
     from ..ops.fused_sigmoid_gating.describe import describe
 
-    return tuple(backend.configs(describe(CaseSpec("space", (33, 0, 20, 1)), "cpu")))
+    # Configs depend on the kind of device; an engine presents its tensors as an sm_90's.
+    on_gpu = place.engine is not None or place.device == "cuda"
+    middling = CaseSpec("space", (33, 0, 20, 1))
+    return tuple(place.backend.configs(describe(middling, "cuda", 90) if on_gpu else describe(middling, "cpu")))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +65,7 @@ class Report:
         skipped: checks that could not be tried here.
         titles: id to title of every check considered.
         excused: id to reason of the relaxations in force.
+        place: what it ran on: ``cpu``, the GPU's name, or the engine's.
     """
 
     op: str
@@ -75,6 +75,7 @@ class Report:
     skipped: tuple[Skipped, ...]
     titles: dict[str, str]
     excused: dict[str, str]
+    place: str = "cpu"
 
     @property
     def ok(self) -> bool:
@@ -124,11 +125,22 @@ class Report:
         data = asdict(self)
         data["ok"] = self.ok
         data["undeclared"] = list(self.undeclared)
-        for finding in data["findings"]:
-            ratio = finding["ratio"]
-            if ratio is not None and not math.isfinite(ratio):
-                finding["ratio"] = str(ratio)
+        data["findings"] = [finding.to_dict() for finding in self.findings]
         return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            op=data["op"],
+            backend=data["backend"],
+            config=data["config"],
+            findings=tuple(map(Finding.from_dict, data["findings"])),
+            skipped=tuple(Skipped(**s) for s in data["skipped"]),
+            titles=dict(data["titles"]),
+            excused=dict(data["excused"]),
+            place=data["place"],
+        )
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False)
@@ -149,7 +161,7 @@ def table(reports: Iterable[Report]) -> Table:
     grid.add_column("what must hold")
     for report in reports:
         name = report.backend if report.config == "default" else f"{report.backend} [{report.config}]"
-        grid.add_column(Text(name))
+        grid.add_column(Text(f"{name}\n{report.place}"))
     titles: dict[str, str] = {}
     for report in reports:
         titles.update(report.titles)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from ...errors import UnknownNameError
+from ...errors import PredicateError, UnknownNameError
 from ..backend import Backend, Config
+from ..decision import RejectCode, Rejected
+from ..plugins import checked
 from ..spec import OpSpec
 from .check import Check, Finding, Status, Tier
 from .exceptions import Exceptions, load_exceptions
 from .report import Report, Skipped
 from .subject import Engine, Subject
 
-__all__ = ["run_checks"]
+__all__ = ["belongs_elsewhere", "run_checks"]
 
 
 def run_checks(
@@ -41,7 +43,7 @@ def run_checks(
         on_progress: called with each finding as it is made.
         device: where the cases' tensors live.
         exceptions: instead of those in the backend's file.
-        peers: backends to exchange states with; None takes the registered ones.
+        peers: backends to exchange states with; None takes the registered ones that run on ``device``.
         engine: what executes the backend's GPU language on a CPU, if it runs in one.
         fail_fast: stop at the first failure.
 
@@ -50,6 +52,7 @@ def run_checks(
         RegistrationError: the exceptions file is malformed.
     """
     spec = _spec(op)
+    device = torch.device(device)
     checks = {c.id: c for c in spec.checks()}
     wanted = list(checks) if only is None else list(only)
     for name in wanted:
@@ -61,7 +64,7 @@ def run_checks(
         config,
         device=device,
         exceptions=granted,
-        peers=_peers(spec) if peers is None else peers,
+        peers=_peers(spec, device) if peers is None else peers,
         engine=engine,
     )
     skipped: list[Skipped] = []
@@ -81,7 +84,30 @@ def run_checks(
         skipped=tuple(skipped),
         titles={c.id: c.title for c in chosen},
         excused={e.check: e.reason for e in granted.entries.values()},
+        place=_place(device, engine),
     )
+
+
+def belongs_elsewhere(op: str | OpSpec, backend: Backend, device: torch.device | str) -> str | None:
+    """Why ``backend`` runs nothing on ``device``: another kind of device, or too old a one; None if it may.
+
+    Asked of its predicate, with the first of the op's cases. Such a backend is no failure of the suite's.
+
+    Raises:
+        PredicateError: the predicate raised, or returned no verdict.
+    """
+    spec = _spec(op)
+    case = next(iter(spec.cases().values()))[0]
+    call = spec.canonical(**spec.make_inputs(case, device=device).kwargs)
+    verdict = checked(backend, spec.problem(call, None))
+    where = (RejectCode.DEVICE, RejectCode.ARCH, RejectCode.NOT_INSTALLED)
+    return verdict.reason if isinstance(verdict, Rejected) and verdict.code in where else None
+
+
+def _place(device: torch.device, engine: Engine | None) -> str:
+    if engine is not None:
+        return engine.name
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _spec(op: str | OpSpec) -> OpSpec:
@@ -92,10 +118,17 @@ def _spec(op: str | OpSpec) -> OpSpec:
     return spec(op)
 
 
-def _peers(spec: OpSpec) -> Sequence[Backend]:
+def _peers(spec: OpSpec, device: torch.device) -> Sequence[Backend]:
     from .. import backends
 
-    return tuple(backends(spec.name).values())
+    return tuple(b for b in backends(spec.name).values() if not _elsewhere(spec, b, device))
+
+
+def _elsewhere(spec: OpSpec, backend: Backend, device: torch.device) -> bool:
+    try:
+        return belongs_elsewhere(spec, backend, device) is not None
+    except PredicateError:
+        return False  # the check that meets this peer makes a finding of it
 
 
 def _findings(

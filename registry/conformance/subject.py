@@ -75,6 +75,8 @@ class Subject:
         match needs:
             case Needs.CPU:
                 return self.device.type == "cpu" and self.engine is None
+            case Needs.HOST:
+                return self.device.type == "cpu"
             case Needs.GPU:
                 return self.device.type == "cuda"
             case Needs.ENGINE:

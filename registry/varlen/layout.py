@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -10,39 +9,30 @@ from typing import TYPE_CHECKING
 
 from ...errors import ArgumentTypeError, ArgumentValueError
 from .classes import LengthClass
+from .offsets import check_offsets, check_offsets_tensor, longest_of, offsets_of_lengths
 from .profile import VarlenProfile
+from .transfer import to_device
 
 if TYPE_CHECKING:
     import torch
 
+    from .graph_layout import GraphLayout
+
 __all__ = ["SequenceLayout", "check_offsets"]
-
-
-def check_offsets(offsets: Sequence[int], argument: str = "cu_seqlens") -> None:
-    """Raise ArgumentValueError unless ``offsets`` is ``[0, ..., T]``, not empty and never decreasing."""
-    if len(offsets) == 0:
-        raise ArgumentValueError(argument, "N + 1 offsets, at least [0]", "an empty sequence")
-    if offsets[0] != 0:
-        raise ArgumentValueError(argument, "offsets starting at 0", f"first offset {offsets[0]}")
-    for i in range(1, len(offsets)):
-        if offsets[i] < offsets[i - 1]:
-            raise ArgumentValueError(
-                argument,
-                "offsets that never decrease",
-                f"offset {i} is {offsets[i]} after {offsets[i - 1]}",
-            )
 
 
 class SequenceLayout:
     """N packed sequences: offsets on the host and on the device, lengths, class, chunks. Immutable.
 
-    Build one per batch, pass it as ``cu_seqlens=`` to every layer's call.
+    Build one per batch, pass it as ``cu_seqlens=`` to every layer's call. What is derived from it on the device is
+    made at first use, on the stream that is current then, and kept.
 
     Attributes:
         cu_seqlens: ``[N + 1]`` int32 or int64 offsets on the device of the batch.
         offsets: the same offsets on the host.
         n: number of sequences; ``tokens``: total number of tokens; ``longest``: longest length (0 if none).
         profile: the VarlenProfile of the batch.
+        identity: an object of this layout's own, to know it again by without keeping its tensors alive.
     """
 
     offsets: tuple[int, ...]
@@ -51,11 +41,12 @@ class SequenceLayout:
     tokens: int
     longest: int
     profile: VarlenProfile
+    identity: object
+    _on_device: dict[tuple[str, int], tuple[torch.Tensor, ...]]
 
     def __init__(self, offsets: tuple[int, ...], cu_seqlens: torch.Tensor) -> None:
         check_offsets(offsets)
-        n, tokens = len(offsets) - 1, offsets[-1]
-        longest = max((b - a for a, b in pairwise(offsets)), default=0)
+        n, tokens, longest = len(offsets) - 1, offsets[-1], longest_of(offsets)
         values = {
             "offsets": offsets,
             "cu_seqlens": cu_seqlens,
@@ -63,6 +54,8 @@ class SequenceLayout:
             "tokens": tokens,
             "longest": longest,
             "profile": VarlenProfile.of(n, tokens, longest),
+            "identity": object(),
+            "_on_device": {},
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -78,39 +71,86 @@ class SequenceLayout:
             ArgumentTypeError: not a tensor, or not int32 / int64.
             ArgumentValueError: not 1-D, empty, not starting at 0, or decreasing.
         """
-        import torch
-
-        if not isinstance(cu_seqlens, torch.Tensor):
-            raise ArgumentTypeError("cu_seqlens", "a tensor [N + 1]", type(cu_seqlens).__name__)
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ArgumentTypeError("cu_seqlens", "dtype int32 or int64", str(cu_seqlens.dtype))
-        if cu_seqlens.dim() != 1:
-            raise ArgumentValueError("cu_seqlens", "shape [N + 1]", f"shape {list(cu_seqlens.shape)}")
+        check_offsets_tensor(cu_seqlens)
         return cls(tuple(cu_seqlens.tolist()), cu_seqlens)
 
     @classmethod
     def from_lengths(
         cls,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | torch.Tensor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> SequenceLayout:
-        """From lengths known on the host: no device-to-host copy. ``dtype``: int32 (default) or int64."""
+        """From lengths known on the host: one host-to-device copy, which the host does not wait for.
+
+        Args:
+            lengths: tokens of each sequence: integers, or a tensor of them on the CPU.
+            device: of the batch; dtype: int32 (default) or int64.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: a length is no integer or negative, or int32 cannot count the tokens.
+        """
         import torch
 
-        offsets = [0]
-        for i, length in enumerate(lengths):
-            try:
-                tokens = operator.index(length)  # numpy's integers too, but no float is cut
-            except TypeError:
-                raise ArgumentTypeError("lengths", "integers", f"lengths[{i}] = {length!r}") from None
-            if tokens < 0:
-                raise ArgumentValueError("lengths", "lengths >= 0", f"lengths[{i}] = {length}")
-            offsets.append(offsets[-1] + tokens)
+        offsets = offsets_of_lengths(_on_host(lengths, "lengths"))
         kind = torch.int32 if dtype is None else dtype
         if kind is torch.int32 and offsets[-1] > 2**31 - 1:
             raise ArgumentValueError("dtype", "int64 for more than 2**31 - 1 tokens", "int32")
-        return cls(tuple(offsets), torch.tensor(offsets, dtype=kind, device=device))
+        return cls(offsets, to_device(offsets, kind, device))
+
+    @classmethod
+    def from_query_start_loc(
+        cls,
+        query_start_loc: torch.Tensor,
+        *,
+        query_start_loc_cpu: torch.Tensor | Sequence[int] | None = None,
+        lengths: Sequence[int] | torch.Tensor | None = None,
+        max_query_len: int | None = None,
+    ) -> SequenceLayout:
+        """From another engine's attention metadata. Copies from the device only where the host was told nothing.
+
+        Args:
+            query_start_loc: ``[N + 1]`` offsets on the device of the batch (kept, not copied).
+            query_start_loc_cpu: the same offsets on the host, or
+            lengths: the tokens of each of the N sequences on the host (integers, or a CPU tensor).
+            max_query_len: the longest length the engine states.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: as for ``from_cu_seqlens``; host values of another count, or a
+                longest length beyond ``max_query_len``. That host and device hold the same values is not checked here
+                (the op's ``validate="full"`` does).
+        """
+        check_offsets_tensor(query_start_loc, "query_start_loc")
+        if query_start_loc_cpu is not None:
+            host = _on_host(query_start_loc_cpu, "query_start_loc_cpu")
+            offsets = tuple(int(x) for x in (host if isinstance(host, Sequence) else host.tolist()))
+            name = "query_start_loc_cpu"
+        elif lengths is not None:
+            offsets, name = offsets_of_lengths(_on_host(lengths, "lengths")), "lengths"
+        else:
+            offsets, name = tuple(query_start_loc.tolist()), "query_start_loc"
+        if len(offsets) != query_start_loc.shape[0]:
+            n = query_start_loc.shape[0] - 1
+            raise ArgumentValueError(name, f"the N = {n} sequences of query_start_loc", f"{len(offsets) - 1} sequences")
+        check_offsets(offsets, name)
+        longest = longest_of(offsets)
+        if max_query_len is not None and longest > max_query_len:
+            raise ArgumentValueError("max_query_len", f"at least the longest length {longest}", str(max_query_len))
+        return cls(offsets, query_start_loc)
+
+    @staticmethod
+    def padded(
+        max_n: int,
+        device: torch.device | str = "cpu",
+        *,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GraphLayout:
+        """A layout for CUDA graphs: tensors that stay in place while lengths and slots change; see GraphLayout."""
+        from .graph_layout import GraphLayout
+
+        return GraphLayout(max_n, device, max_length=max_length, max_tokens=max_tokens, dtype=dtype)
 
     @property
     def length_class(self) -> LengthClass:
@@ -141,5 +181,37 @@ class SequenceLayout:
         long = tuple(i for i, length in enumerate(self.lengths) if length > threshold)
         return short, long
 
+    def device_chunk_offsets(self, chunk: int) -> torch.Tensor:
+        """:meth:`chunk_offsets` as a ``[N + 1]`` tensor beside ``cu_seqlens``, of its dtype; copied once per chunk."""
+        kept = self._on_device.get(("chunk", chunk))
+        if kept is None:
+            kept = self._keep(("chunk", chunk), (self.chunk_offsets(chunk),))
+        return kept[0]
+
+    def device_split(self, threshold: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`split` as two 1-D tensors beside ``cu_seqlens``, of its dtype; copied once per threshold."""
+        kept = self._on_device.get(("split", threshold))
+        if kept is None:
+            kept = self._keep(("split", threshold), self.split(threshold))
+        short, long = kept
+        return short, long
+
+    def _keep(self, name: tuple[str, int], rows: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, ...]:
+        cu = self.cu_seqlens
+        # Two threads may both make them; one is kept.
+        return self._on_device.setdefault(name, tuple(to_device(row, cu.dtype, cu.device) for row in rows))
+
     def __repr__(self) -> str:
         return f"SequenceLayout({self.profile.label}, n={self.n}, tokens={self.tokens}, longest={self.longest})"
+
+
+def _on_host(values: Sequence[int] | torch.Tensor, argument: str) -> Sequence[int] | torch.Tensor:
+    """``values`` as they are, or an error if reading them would wait for a device or is not possible at all."""
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise ArgumentValueError(argument, "values on the host", f"a tensor on {values.device}")
+        if values.is_floating_point() or values.dim() != 1:
+            raise ArgumentTypeError(argument, "a 1-D tensor of integers", f"{values.dtype} {list(values.shape)}")
+    return values

@@ -23,7 +23,10 @@ from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 
 #: Two windows and more per sequence, an empty one, one without a slot, K and V that fill no vector.
 SPEC = CaseSpec("faults", (19, 0, 9), h=1, hv=2, k=20, v=24, padded=(2,))
-CONFIG = Config.of(lanes=8, rows=1, warps=4, tokens=2, stream=True)
+_COMMON = {"lanes": 8, "rows": 1, "stream": True, "resident": 1}
+STAGED = Config.of(**_COMMON, warps=4, helpers=0, staged=True, landing=False, tokens=2)
+HELPED = Config.of(**_COMMON, warps=2, helpers=2, staged=True, landing=False, tokens=4)
+DIRECT = Config.of(**_COMMON, warps=2, helpers=0, staged=False, landing=True, tokens=0)
 
 
 def call_of(spec: CaseSpec) -> Call:
@@ -32,10 +35,10 @@ def call_of(spec: CaseSpec) -> Call:
     return call
 
 
-def runner(spec: CaseSpec, good: str, bad: str) -> Callable[[Call], torch.Tensor]:
+def runner(spec: CaseSpec, config: Config, good: str, bad: str) -> Callable[[Call], torch.Tensor]:
     text = source()
     assert good in text, "the planted fault no longer applies: plant another"
-    specialization = Specialization.of(call_of(spec).problem(), CONFIG)
+    specialization = Specialization.of(call_of(spec).problem(), config)
     kernel = CpuRawKernel(text.replace(good, bad), NAME, specialization.options())
     return Launcher(lambda grid, block, args, device: kernel(grid, block, args), specialization)
 
@@ -58,38 +61,70 @@ def found_by(means: str, spec: CaseSpec, run: Callable[[Call], torch.Tensor]) ->
     return means == "values" and not judge(call, call.out, exact).ok
 
 
-def test_nothing_is_found_without_a_fault():
-    right = runner(SPEC, "meet();", "meet();")
+@pytest.mark.parametrize("config", [STAGED, HELPED, DIRECT], ids=lambda config: config.label)
+def test_nothing_is_found_without_a_fault(config):
+    right = runner(SPEC, config, "meet();", "meet();")
     assert not any(found_by(means, SPEC, right) for means in ("values", "error", "watch"))
 
 
-FAULTS: dict[str, tuple[str, str, str]] = {
-    "no barrier between windows": ("before the last meeting\n    meet();", "\n", "watch"),
+_EMPTY = "if (it.length <= 0) return;"
+FAULTS: dict[str, tuple[Config, str, str, str]] = {
+    "no barrier between windows": (
+        STAGED,
+        "fetcher.fetch(done + count, ahead);\n    meet();",
+        "fetcher.fetch(done + count, ahead);",
+        "watch",
+    ),
+    "helpers that do not meet the others": (
+        HELPED,
+        "fetcher.fetch(done + count, ahead);\n    meet();",
+        "fetcher.fetch(done + count, ahead);\n    if (COMPUTES) meet();",
+        "error",
+    ),
     "one window instead of two": (
+        STAGED,
         "fetcher.finish(stages[side ^ 1], ahead)",
         "fetcher.finish(stages[side], ahead)",
         "watch",
     ),
-    "no barrier before the first token": ("finish(stages[0], count);\n  meet();", "finish(stages[0], count);", "watch"),
-    "a warp barrier where all must meet": ("else __syncthreads();", "else __syncwarp();", "watch"),
+    "helpers a window ahead of themselves": (
+        HELPED,
+        "fetcher.finish(stages[side ^ 1], ahead)",
+        "fetcher.finish(stages[side], ahead)",
+        "watch",
+    ),
+    "no barrier before the first token": (
+        STAGED,
+        "fetcher.fetch(count, ahead);\n  meet();",
+        "fetcher.fetch(count, ahead);",
+        "watch",
+    ),
+    "a warp barrier where all must meet": (STAGED, "else __syncthreads();", "else __syncwarp();", "watch"),
     "a barrier only some warps reach": (
-        "finish(stages[0], count);\n",
-        "finish(stages[0], count); if (warp) __syncthreads();\n",
+        STAGED,
+        "  meet();\n  int64 done = 0;",
+        "  if (threadIdx.x >= 32) __syncthreads();\n  meet();\n  int64 done = 0;",
         "error",
     ),
-    "outputs truncated": ("p->bits = float_to_bfloat(x);", "p->bits = __float_as_uint(x) >> 16;", "values"),
-    "one shuffle short": ("for (int mask = 16; mask; mask /= 2)", "for (int mask = 16; mask > 1; mask /= 2)", "values"),
-    "a window fetched twice": ("fetcher.fetch(done + count, ahead)", "fetcher.fetch(done, ahead)", "values"),
-    "output one token late": ("outputs.write(o, at, begun);", "outputs.write(o, at, true);", "watch"),
-    "negative slots written": ("if (target >= 0) {", "if (target >= -1) {", "watch"),
-    "negative slots read": ("if (source >= 0) load_state<Shape::STREAM>", "load_state<Shape::STREAM>", "watch"),
-    "an empty sequence computed": ("if (length <= 0) return;", "if (length < 0) return;", "watch"),
-    "key channels beyond K": ("return Shape::K == Shape::KEYS || k < Shape::K;", "return true;", "watch"),
-    "rows beyond V": ("return Shape::WHOLE_TILES || row + r < Shape::V;", "return true;", "watch"),
-    "tokens beyond the end fetched": ("if (slot < count) {", "if (slot <= count) {", "watch"),
+    "outputs truncated": (STAGED, "p->bits = float_to_bfloat(x);", "p->bits = __float_as_uint(x) >> 16;", "values"),
+    "one shuffle short": (STAGED, "for (int step = 0; step < 5;", "for (int step = 0; step < 4;", "values"),
+    "a group's norm over half its lanes": (DIRECT, "sum_to_all(factor);", "", "values"),
+    "a window fetched twice": (STAGED, "fetcher.fetch(done + count, ahead)", "fetcher.fetch(done, ahead)", "values"),
+    "a token read twice": (DIRECT, "else reader.next(token);", "", "values"),
+    "output one token late": (STAGED, "scale_, at_, done_ > 0)", "scale_, at_, true)", "watch"),
+    "a state that never arrives": (DIRECT, "if (t == 0) recurrence.arrive(landing);", "", "values"),
+    "two threads land in one place": (DIRECT, "[x][threadIdx.x];", "[x][threadIdx.x ^ 1];", "watch"),
+    "negative slots written": (STAGED, "if (it_.target >= 0)", "if (it_.target >= -1)", "watch"),
+    "negative slots read": (STAGED, "Shape::READ && it_.source >= 0 && it_.length", "it_.length", "watch"),
+    "an empty sequence computed": (STAGED, _EMPTY, "if (it.length < 0) return;", "watch"),
+    "an empty sequence decoded": (DIRECT, _EMPTY, "if (it.length < 0) return;", "watch"),
+    "key channels beyond K": (STAGED, "return Shape::K == Shape::KEYS || k < Shape::K;", "return true;", "watch"),
+    "rows beyond V": (STAGED, "return Shape::WHOLE_TILES || row + r < Shape::V;", "return true;", "watch"),
+    "tokens beyond the end fetched": (STAGED, "if (slot < count) {", "if (slot <= count) {", "watch"),
     "32-bit slot offsets": (
-        "(const State*)p.pool.data + source * p.pool.slot",
-        "(const State*)p.pool.data + (int)source * 1000000 * (int)p.pool.slot",
+        STAGED,
+        "(T*)s.data + slot * s.slot",
+        "(T*)s.data + (int)slot * 1000000 * (int)s.slot",
         "error",
     ),
 }
@@ -97,5 +132,5 @@ FAULTS: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name):
-    good, bad, means = FAULTS[name]
-    assert found_by(means, SPEC, runner(SPEC, good, bad))
+    config, good, bad, means = FAULTS[name]
+    assert found_by(means, SPEC, runner(SPEC, config, good, bad))

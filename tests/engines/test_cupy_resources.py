@@ -45,7 +45,6 @@ def test_default_configs_hardly_spill():
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_compiling_again_gives_the_same_numbers(arch):
-    pytest.importorskip("cupy_backends", reason="NVRTC comes with CuPy")
     name, config, specialization = next(iter(resources.rows()))
     usage = resources.measure(specialization, arch)
     (listed,) = (e for e in ENTRIES["entries"] if (e["problem"], e["config"], e["arch"]) == (name, config.label, arch))

@@ -77,7 +77,8 @@ def test_configs_fit_the_chip_for_every_size(k, v, kda):
         assert variant.columns * variant.per_lane <= 128
         assert variant.padded_k >= k
         assert variant.tile * variant.tiles >= v > variant.tile * (variant.tiles - 1)
-        assert variant.window % variant.warps == 0
+        assert variant.window % variant.slots == 0
+        assert variant.window <= 32, "a lane per token computes the gates"
 
 
 def test_few_sequences_get_narrow_lanes_and_many_get_wide_ones():
@@ -85,6 +86,15 @@ def test_few_sequences_get_narrow_lanes_and_many_get_wide_ones():
     many = default_for(on_gpu(QWEN.but(lengths=(1,) * 256)))
     assert one["columns"] < many["columns"]
     assert one["resident"] == 1 < many["resident"]
+
+
+def test_what_a_window_is_staged_for():
+    decode, long = on_gpu(QWEN), on_gpu(QWEN.but(lengths=(64,)))
+    assert all(config["window"] == 0 for config in configs_for(decode)), "one token is loaded by those who use it"
+    assert default_for(on_gpu(QWEN.but(is_kda=True, h=32)))["window"] > 0, "KDA's gates are computed once per block"
+    assert default_for(on_gpu(QWEN.but(verify="chain")))["window"] > 0
+    assert default_for(on_gpu(QWEN.but(lengths=(4,) * 16)))["window"] == 4, "no longer than the sequences"
+    assert default_for(long)["stagers"] > 0 == default_for(on_gpu(QWEN.but(lengths=(64,) * 64)))["stagers"]
 
 
 def test_only_sequences_of_several_tokens_are_software_pipelined():

@@ -79,8 +79,37 @@ def test_no_config_changes_a_bit(engine, spec):
     offered = every_config(describe(spec, "cuda", 90))
     assert {c["lanes"] for c in offered} >= {4, 8}
     assert {c["columns"] for c in offered} >= {1, 2, 4}
+    assert {c["stagers"] for c in offered} == {0, 4}
     for config in offered[::7]:
         assert equal(left(run(engine, spec, config)[0]), want), config.label
+
+
+@pytest.mark.parametrize("state_layout", ["kv", "vk"])
+@pytest.mark.parametrize("io_dtype", ["bfloat16", "float32"])
+def test_a_token_alone_has_the_bits_of_a_token_among_others(engine, state_layout, io_dtype):
+    """Decodes take a kernel of their own, and one call's decode is another call's short sequence."""
+    spec = SMALL.but(state_layout=state_layout, io_dtype=io_dtype, k=24, lengths=(3, 0, 1, 1))
+    staged = every_config(describe(spec, "cuda", 90))[0]
+    assert staged["window"] > 0
+    want = left(run(engine, spec, staged)[0])
+    for config in every_config(describe(spec.but(lengths=(1,)), "cuda", 90))[::11]:
+        assert config["window"] == 0
+        assert equal(left(run(engine, spec, config)[0]), want), config.label
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 2)], ids=["decode", "staged"])
+def test_rows_at_odd_addresses_are_loaded_element_by_element(engine, lengths):
+    spec = SMALL.but(lengths=lengths, padded=(), k=24)
+    want = left(run(engine, spec)[0])
+    call = call_of(spec)
+    storage = torch.zeros(call.k.numel() + 1, dtype=call.k.dtype)
+    odd = storage[1:].view(call.k.shape)
+    odd.copy_(call.k)
+    call = call.replace(k=odd)
+    backend, problem = SimulatedNumbaCuda(engine), call.problem()
+    with watched(engine, call):
+        backend.bind(problem, backend.configs(problem)[0])(call)
+    assert equal(left(call), want)
 
 
 def test_vectors_and_single_elements_move_the_same_states(engine):

@@ -6,18 +6,29 @@ import re
 import pytest
 
 from isokern.backends.numba_cuda import compile as compiling
-from isokern.backends.numba_cuda.resources import ARCHITECTURES, TABLE, entries, measured, problem_of
+from isokern.backends.numba_cuda.resources import (
+    ARCHITECTURES,
+    TABLE,
+    entries,
+    fingerprint,
+    measured,
+    problem_of,
+)
 from isokern.backends.numba_cuda.space import default_for
 from isokern.backends.numba_cuda.variant import Variant
 
-ROWS = json.loads(TABLE.read_text())
+DATA = json.loads(TABLE.read_text())
+ROWS = DATA["entries"]
+AGAIN = "run python -m isokern.backends.numba_cuda.resources"
+
+
+def test_the_table_was_made_from_these_sources():
+    assert DATA["fingerprint"] == fingerprint(), f"the kernel changed: {AGAIN}"
 
 
 def test_the_table_covers_every_config_on_every_architecture():
     listed = [(row["problem"], row["config"], row["arch"]) for row in ROWS]
-    assert listed == [(name, config.label, arch) for name, config, arch in entries()], (
-        "run python -m isokern.backends.numba_cuda.resources"
-    )
+    assert listed == [(name, config.label, arch) for name, config, arch in entries()], AGAIN
 
 
 def test_everything_fits_and_no_array_lives_in_local_memory():

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from isokern.backends.triton.arguments import CHAINS, constants, order_of_sums
+from isokern.backends.triton.arguments import CHAINS, constants, options, order_of_sums
 from isokern.backends.triton.backend import Triton
 from isokern.registry.backend import Config
 from isokern.registry.decision import Accepted, RejectCode
@@ -70,10 +70,26 @@ def test_configs_suit_the_heads(k, v, layout, state, kda):
     assert max(config["v_tile"] for config in offered) >= v
 
 
-def test_decode_reads_nothing_ahead_and_prompts_do():
+def test_decode_has_no_windows_and_prompts_have():
     decode = problem(BASE.but(lengths=(1,) * 4, padded=()))
-    assert {config["depth"] for config in BACKEND.configs(decode)} == {0}
-    assert {config["depth"] for config in BACKEND.configs(problem())} == {1, 2}
+    assert {config["window"] for config in BACKEND.configs(decode)} == {0}
+    assert all(config["window"] > 1 for config in BACKEND.configs(problem()))
+
+
+def test_windows_are_read_ahead_where_a_sequence_may_have_more_than_one():
+    for lengths, ahead in (((4, 4), False), ((9, 4), True)):
+        described = problem(BASE.but(lengths=lengths, padded=(), k=128, v=128))
+        config = next(c for c in BACKEND.configs(described) if c["window"] == 4)
+        assert constants(described, config)["NEXT"] is ahead
+    described = problem()
+    unknown = replace(described, profile=replace(described.profile, longest=None))
+    assert constants(unknown, config)["NEXT"] is True
+
+
+def test_a_limit_of_registers_reaches_the_compiler():
+    config = Config.of(v_tile=16, k_span=16, warps=1, window=4, stream=False, registers=168)
+    assert options(config)["maxnreg"] == 168
+    assert "maxnreg" not in options(Config.from_dict({**config.to_dict(), "registers": 0}))
 
 
 def test_few_sequences_get_many_programs():
@@ -106,7 +122,7 @@ def test_sums_add_keys_in_one_order_whatever_the_lanes(span, lanes):
 
 def test_two_chains_where_a_span_is_half_of_them():
     for span, k, two in ((32, 128, False), (16, 128, True), (16, 16, False), (8, 8, False)):
-        config = Config.of(v_tile=16, k_span=span, warps=1, depth=0)
+        config = Config.of(v_tile=16, k_span=span, warps=1, window=0, stream=False, registers=0)
         assert constants(problem(k=k), config)["TWO"] is two
 
 

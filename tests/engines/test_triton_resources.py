@@ -3,23 +3,38 @@
 Here the default configs and two others are compiled again; ``python -m isokern.backends.triton.resources`` does all.
 """
 
+import json
 from importlib.metadata import version
 
 import pytest
 
 from isokern.backends.triton.configs import configs
-from isokern.backends.triton.resources import ARCHITECTURES, PROBLEMS, compile_config, load_table, problem_of
+from isokern.backends.triton.resources import (
+    ARCHITECTURES,
+    PROBLEMS,
+    TABLE,
+    compile_config,
+    fingerprint,
+    load_table,
+    problem_of,
+    rows,
+)
 
 _TRITON, _ROWS = load_table()
 #: A thread has at most 255 registers, and a program on the oldest architecture 99 KiB of shared memory at hand.
 _REGISTERS, _SHARED = 255, 99 << 10
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_the_table_lists_the_default_config_for_every_architecture(name):
-    default = configs(problem_of(PROBLEMS[name]))[0]
-    for arch in ARCHITECTURES:
-        assert (name, arch, default.label) in _ROWS
+_AGAIN = "run python -m isokern.backends.triton.resources --write"
+
+
+def test_the_table_was_made_from_these_sources():
+    assert json.loads(TABLE.read_text())["fingerprint"] == fingerprint(), f"the kernel changed: {_AGAIN}"
+
+
+def test_every_config_of_every_problem_is_in_it_for_every_architecture():
+    assert {(name, arch, config.label) for name, _, arch, config in rows()} == set(_ROWS), _AGAIN
+    assert {(name, arch) for name, arch, _ in _ROWS} == {(name, arch) for name in PROBLEMS for arch in ARCHITECTURES}
 
 
 def test_default_configs_do_not_spill():

@@ -1,11 +1,12 @@
 // Number formats of tensors, and moving them between memory and float registers, 16 bytes at a time.
 #pragma once
 
+typedef long long int64;
 struct bfloat16 { unsigned short bits; };
 struct float16 { unsigned short bits; };
 
 // What C++ and the CUDA intrinsics cannot say without a toolkit header is one PTX instruction each. A host
-// compiler that plays the GPU defines CUDA_ON_CPU and brings the same three functions.
+// compiler that plays the GPU defines CUDA_ON_CPU and brings the same three conversions.
 #ifndef CUDA_ON_CPU
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
   float x;
@@ -22,18 +23,53 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float x) {  // to near
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
 }
+
+// Start copying BYTES (4, 8 or 16) to shared memory, zeros unless `live`; wait for what this thread has started.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, const void* global, bool live) {
+  const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+  const int read = live ? BYTES : 0;
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(read), "n"(BYTES)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#else
+template <int BYTES> inline void copy_async(void* shared, const void* global, bool live) {
+  for (int w = 0; w < BYTES / 4; w++) ((unsigned*)shared)[w] = live ? ((const unsigned*)global)[w] : 0;
+}
+inline void wait_for_copies() {}
 #endif
 
-// A format packed in 32-bit words: how many values a word holds, and how to take them out and put them in.
+// Inputs stay as they are while the kernel runs. Those that are asked for at once are loaded where the source says so:
+// the compiler would put a load off until a branch has decided that it is needed. States are read and written, and
+// streamed ones ask the caches to drop the line first: a decode step's states are not read again soon.
+enum Access { INPUT, AT_ONCE, STATE, STREAMED };
+
+template <Access ACCESS, class W> __device__ __forceinline__ W read(const W* p) {
+  if constexpr (ACCESS == INPUT) return __ldg(p);
+  else if constexpr (ACCESS == AT_ONCE) return *(const volatile W*)p;
+  else if constexpr (ACCESS == STREAMED) return __ldcs(p);
+  else return *p;
+}
+template <Access ACCESS, class W> __device__ __forceinline__ void write(W* p, W w) {
+  if constexpr (ACCESS == STREAMED) __stcs(p, w);
+  else *p = w;
+}
+
+// A format packed in 32-bit words: how many values a word holds, and how to take them out and put them in. One value
+// alone travels in a word's low bits.
 template <class T> struct Format;
 
 template <> struct Format<float> {
   static constexpr int PER_WORD = 1;
   static __device__ __forceinline__ float get(unsigned word, int) { return __uint_as_float(word); }
   static __device__ __forceinline__ unsigned put(const float* x) { return __float_as_uint(x[0]); }
-  static __device__ __forceinline__ unsigned read(const float* p) { return __float_as_uint(__ldg(p)); }
-  static __device__ __forceinline__ float load(const float* p) { return *p; }
-  static __device__ __forceinline__ void store(float* p, float x) { *p = x; }
+  template <Access A> static __device__ __forceinline__ unsigned load(const float* p) {
+    return __float_as_uint(read<A>(p));
+  }
+  template <Access A> static __device__ __forceinline__ void store(float* p, float x) { write<A>(p, x); }
 };
 
 template <> struct Format<bfloat16> {
@@ -44,9 +80,10 @@ template <> struct Format<bfloat16> {
   static __device__ __forceinline__ unsigned put(const float* x) {
     return float_to_bfloat(x[0]) | (unsigned)float_to_bfloat(x[1]) << 16;
   }
-  static __device__ __forceinline__ unsigned read(const bfloat16* p) { return __ldg(&p->bits); }
-  static __device__ __forceinline__ float load(const bfloat16* p) { return get(p->bits, 0); }
-  static __device__ __forceinline__ void store(bfloat16* p, float x) { p->bits = float_to_bfloat(x); }
+  template <Access A> static __device__ __forceinline__ unsigned load(const bfloat16* p) { return read<A>(&p->bits); }
+  template <Access A> static __device__ __forceinline__ void store(bfloat16* p, float x) {
+    p->bits = float_to_bfloat(x);
+  }
 };
 
 template <> struct Format<float16> {
@@ -57,79 +94,81 @@ template <> struct Format<float16> {
   static __device__ __forceinline__ unsigned put(const float* x) {
     return float_to_half(x[0]) | (unsigned)float_to_half(x[1]) << 16;
   }
-  static __device__ __forceinline__ unsigned read(const float16* p) { return __ldg(&p->bits); }
-  static __device__ __forceinline__ float load(const float16* p) { return half_to_float(p->bits); }
-  static __device__ __forceinline__ void store(float16* p, float x) { p->bits = float_to_half(x); }
+  template <Access A> static __device__ __forceinline__ unsigned load(const float16* p) { return read<A>(&p->bits); }
+  template <Access A> static __device__ __forceinline__ void store(float16* p, float x) { p->bits = float_to_half(x); }
 };
 
 // Gates may come in double precision; they are rounded to float where they are read.
 template <> struct Format<double> {
   static constexpr int PER_WORD = 1;
   static __device__ __forceinline__ float get(unsigned word, int) { return __uint_as_float(word); }
-  static __device__ __forceinline__ unsigned read(const double* p) { return __float_as_uint((float)__ldg(p)); }
+  template <Access A> static __device__ __forceinline__ unsigned load(const double* p) {
+    return __float_as_uint((float)read<A>(p));
+  }
 };
 
-// Streamed accesses ask the caches to drop the line first: a decode step's states are not read again soon.
-template <bool STREAM, class W> __device__ __forceinline__ W load_words(const W* p) {
-  if constexpr (STREAM) return __ldcs(p);
-  else return *p;
-}
-template <bool STREAM, class W> __device__ __forceinline__ void store_words(W* p, W w) {
-  if constexpr (STREAM) __stcs(p, w);
-  else *p = w;
-}
+// N consecutive values as the words they come in: asked for now, understood when they are needed. A load and a use in
+// turn cost one memory latency each, loads in a row cost one together.
+template <class T, int N> struct Raw {
+  static constexpr int PER = Format<T>::PER_WORD, WORDS = N < PER ? 1 : N / PER;
+  static constexpr int BYTES = N * (int)sizeof(T) < 16 ? N * (int)sizeof(T) : 16;  // of one access
+  unsigned word[WORDS];
 
-// N consecutive values at an address aligned to min(16, N * sizeof(T)) bytes.
-template <bool STREAM, class T, int N> __device__ __forceinline__ void load_vector(const T* p, float (&x)[N]) {
-  using F = Format<T>;
-  constexpr int PER = F::PER_WORD;
-  if constexpr (N % (4 * PER) == 0) {
+  // Of values `step` apart, the first `count`; the others are zero. WIDE: step is 1, p is aligned to BYTES, and
+  // count is N or more, or 0 or less.
+  template <bool WIDE, Access A> __device__ __forceinline__ void load(const T* p, int64 step, int count) {
+    clear();
+    if constexpr (WIDE && WORDS % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < N / (4 * PER); i++) {
-      const uint4 w = load_words<STREAM>((const uint4*)p + i);
-#pragma unroll
-      for (int e = 0; e < PER; e++) {
-        x[(4 * i + 0) * PER + e] = F::get(w.x, e);
-        x[(4 * i + 1) * PER + e] = F::get(w.y, e);
-        x[(4 * i + 2) * PER + e] = F::get(w.z, e);
-        x[(4 * i + 3) * PER + e] = F::get(w.w, e);
+      for (int w = 0; w < WORDS; w += 4)
+        if (count > 0) {
+          const uint4 x = read<A>((const uint4*)p + w / 4);
+          word[w] = x.x, word[w + 1] = x.y, word[w + 2] = x.z, word[w + 3] = x.w;
+        }
+    } else if constexpr (WIDE && WORDS == 2) {
+      if (count > 0) {
+        const uint2 x = read<A>((const uint2*)p);
+        word[0] = x.x, word[1] = x.y;
       }
+    } else if constexpr (WIDE && N == PER) {
+      if (count > 0) word[0] = read<A>((const unsigned*)p);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        if (i < count) word[i / PER] |= Format<T>::template load<A>(p + i * step) << 16 * (i % PER);
     }
-  } else if constexpr (N == 2 * PER) {
-    const uint2 w = load_words<STREAM>((const uint2*)p);
-#pragma unroll
-    for (int e = 0; e < PER; e++) x[e] = F::get(w.x, e), x[PER + e] = F::get(w.y, e);
-  } else if constexpr (N == PER) {
-    const unsigned w = load_words<STREAM>((const unsigned*)p);
-#pragma unroll
-    for (int e = 0; e < PER; e++) x[e] = F::get(w, e);
-  } else {
-    static_assert(N == 1, "vectors are whole words, or one value");
-    x[0] = F::load(p);
   }
-}
-
-template <bool STREAM, class T, int N> __device__ __forceinline__ void store_vector(T* p, const float (&x)[N]) {
-  using F = Format<T>;
-  constexpr int PER = F::PER_WORD;
-  if constexpr (N % (4 * PER) == 0) {
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < N / (4 * PER); i++) {
-      const float* at = x + 4 * i * PER;
-      const uint4 w = {F::put(at), F::put(at + PER), F::put(at + 2 * PER), F::put(at + 3 * PER)};
-      store_words<STREAM>((uint4*)p + i, w);
+    for (int w = 0; w < WORDS; w++) word[w] = 0;
+  }
+  __device__ __forceinline__ float get(int i) const { return Format<T>::get(word[i / PER], i % PER); }
+
+  // The reverse, from x.
+  template <bool WIDE, Access A>
+  static __device__ __forceinline__ void store(T* p, int64 step, int count, const float (&x)[N]) {
+    if constexpr (WIDE && WORDS % 4 == 0) {
+#pragma unroll
+      for (int w = 0; w < WORDS; w += 4)
+        if (count > 0) {
+          const float* const at = x + w * PER;
+          const uint4 words = {Format<T>::put(at), Format<T>::put(at + PER), Format<T>::put(at + 2 * PER),
+                               Format<T>::put(at + 3 * PER)};
+          write<A>((uint4*)p + w / 4, words);
+        }
+    } else if constexpr (WIDE && WORDS == 2) {
+      if (count > 0) write<A>((uint2*)p, uint2{Format<T>::put(x), Format<T>::put(x + PER)});
+    } else if constexpr (WIDE && N == PER) {
+      if (count > 0) write<A>((unsigned*)p, Format<T>::put(x));
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        if (i < count) Format<T>::template store<A>(p + i * step, x[i]);
     }
-  } else if constexpr (N == 2 * PER) {
-    const uint2 w = {F::put(x), F::put(x + PER)};
-    store_words<STREAM>((uint2*)p, w);
-  } else if constexpr (N == PER) {
-    store_words<STREAM>((unsigned*)p, F::put(x));
-  } else {
-    static_assert(N == 1, "vectors are whole words, or one value");
-    F::store(p, x[0]);
   }
-}
 
-__device__ __forceinline__ bool aligned(const void* p, long long stride_bytes, int bytes) {
-  return (((unsigned long long)p | (unsigned long long)stride_bytes) & (unsigned long long)(bytes - 1)) == 0;
-}
+  // Bits that are zero where rows from p on, those strides (or-ed) apart, allow WIDE.
+  static __device__ __forceinline__ unsigned misaligned(const void* p, int64 strides) {
+    return ((unsigned)(unsigned long long)p | (unsigned)strides * (unsigned)sizeof(T)) & (BYTES - 1);
+  }
+};

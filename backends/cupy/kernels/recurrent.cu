@@ -1,187 +1,201 @@
 // fused_sigmoid_gating, recurrent form: one block per (tile of V, value head, sequence), one pass over the sequence.
 //
-// grid (TILES * HV, min(N, 65535), ceil(N / 65535)), block THREADS. The state stays in registers from the first token
-// to the last. Per token: d = S^T k and, one token late, o = S^T q are summed together, so one round of shuffles
-// serves both; then u = beta * (v - decay * d) and S = decay * S + k u^T.
+//   u = beta * (v - decay * S^T k),  S = decay * S + k u^T,  o = S^T q
+//
+// grid (TILES * HV, min(N, 65535), ceil(N / 65535)), block THREADS. shape.cuh says how a block divides its work.
 #include "numbers.cuh"
 #include "arguments.cuh"
-#include "gates.cuh"
 #include "shape.cuh"
+#include "gates.cuh"
 #include "states.cuh"
+#include "norms.cuh"
+#include "sequence.cuh"
+#include "recurrence.cuh"
+#include "direct.cuh"
 #include "staging.cuh"
 
-__device__ __forceinline__ void meet() {  // everyone who shares a stage
-  if constexpr (Shape::WARPS == 1) __syncwarp();
-  else __syncthreads();
+// A decode step: memory latency is what there is to save. The state, q, k, v and gates are asked for together; gates
+// and norms are ready when the state arrives.
+template <bool WIDE>
+__device__ __forceinline__ void direct(const Arguments& p, const Sequence& it, const HeadGates& gates, const Place& at,
+                                       Landing<State>* landing) {
+  Recurrence<WIDE> recurrence(p, it, at);
+  recurrence.start(landing);
+  if (it.length <= 0) return;  // an empty sequence reads and writes nothing; here, the test ends what comes first
+  Reader<WIDE> reader(p, it, at);
+  Token token, next;
+  reader.next(token);
+#pragma unroll 1
+  for (int64 t = 0;; t++) {
+    const bool last = t + 1 == it.length;
+    if (Shape::AHEAD && !last) reader.next(next);
+
+    Keys k, q;
+    understand(k, token.k);
+    understand(q, token.q);
+    float v[Shape::ROWS], o[Shape::ROWS];
+#pragma unroll
+    for (int r = 0; r < Shape::ROWS; r++) v[r] = token.v.get(r);
+    const Scalars scalars = token.scalars(k, q, gates, p);
+
+    if (t == 0) recurrence.arrive(landing);
+    recurrence.enter(t);
+    recurrence.advance(k, v, scalars, [] {});
+    recurrence.leave(t);
+    if (last) recurrence.save();  // on its way while the output is summed
+    dots(o, recurrence.S, q);
+    recurrence.outputs.write(o, scalars.scale, at);
+    if (last) return;
+    if (Shape::AHEAD) token = next;
+    else reader.next(token);
+  }
 }
 
+// Many tokens in sequence: the chain from one token's state to the next one's is what there is to shorten. Everything
+// that does not depend on the state is done by others or a window earlier, and a token's output one token late: o and
+// the next token's d = S^T k both need the state between them, so one round of shuffle latency serves both.
 struct Operands {  // what a token needs before its output can be asked for
   Keys k;
-  float v[Shape::ROWS], decay, beta;
-  __device__ __forceinline__ void read(const Stage& stage, int slot, const Place& at, int row) {
-    k.read(stage.k[slot], at.lane);
+  float v[Shape::ROWS];
+  Scalars scalars;
+  __device__ __forceinline__ void read(const Stage& stage, int slot, const Place& at) {
+    read_staged(k, stage.k[slot], at.lane);
 #pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++) v[r] = stage.v[slot][row + r];
-    decay = Shape::KDA ? 1.0f : stage.decay[slot];
-    beta = stage.beta[slot];
+    for (int r = 0; r < Shape::ROWS; r++) v[r] = stage.v[slot][at.local + r];
+    const float4 x = *(const float4*)&stage.scalars[slot];
+    scalars = {x.x, x.y, x.z, x.w};
   }
 };
 
-class Outputs {  // of the rows whose sums this lane ends up with
+template <bool WIDE> class Walk {  // through a sequence, window by window
  public:
-  __device__ __forceinline__ Outputs(const Arguments& p, int64 batch, int64 first, int hv, const Place& at)
-      : time_(p.out.time), element_(Shape::UNIT ? 1 : p.out.element) {
-    const int row = Scattered::row(at.lane);
-    next_ = (Io*)p.out.data + batch * p.out.batch + first * time_ + hv * p.out.head + (at.row + row) * element_;
-#pragma unroll
-    for (int i = 0; i < Scattered::COUNT; i++) mine_[i] = Scattered::writes(at.lane) && at.has(row + i);
+  __device__ __forceinline__ Walk(const Arguments& p, const Sequence& it, const Place& at)
+      : recurrence_(p, it, at), at_(at) {}
+
+  __device__ __forceinline__ void start() {
+    recurrence_.start(nullptr);
+    recurrence_.arrive(nullptr);
   }
 
-  // The next token's outputs, from every lane's part of the sums of its rows. Only sums while there is none.
-  __device__ __forceinline__ void write(float (&o)[Shape::ROWS], const Place& at, bool token) {
-    Scattered sums;
-    halve<Shape::ROWS, Shape::LANES / 2>(o, at.lane, sums);
-#pragma unroll
-    for (int i = 0; i < Scattered::COUNT; i++)
-      if (token && mine_[i]) Format<Io>::store(next_ + i * element_, sums.x[i]);
-    if (token) next_ += time_;
-  }
-
- private:
-  Io* next_;
-  int64 time_, element_;
-  bool mine_[Scattered::COUNT];
-};
-
-extern "C" __global__ void __launch_bounds__(Shape::THREADS) recurrent(const __grid_constant__ Arguments p) {
-  __shared__ __align__(16) Stage stages[2];
-
-  const int64 n = (int64)blockIdx.z * gridDim.y + blockIdx.y;
-  if (n >= p.n) return;
-  const int hv = blockIdx.x / Shape::TILES, tile = blockIdx.x % Shape::TILES;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int local = (warp * Shape::GROUPS + lane / Shape::LANES) * Shape::ROWS;  // first row within the tile
-  const Place at = {lane % Shape::LANES, tile * Shape::TILE + local};
-
-  // Everything that depends on n and hv alone is asked for at once, before the first answer is looked at.
-  Index begin, end, read, write, row;
-  read.fetch(p.read, n);
-  write.fetch(p.write, n);
-  if constexpr (Shape::VERIFY != Shape::NONE) row.fetch(p.rows, n);
-  const HeadGates gates(p, hv, lane);
-  int64 batch = n, first = 0, length = p.length;
-  if (p.cu_seqlens.data) {
-    begin.load(p.cu_seqlens, n);
-    end.load(p.cu_seqlens, n + 1);
-    batch = 0;
-    first = begin.value(p.cu_seqlens);
-    length = end.value(p.cu_seqlens) - first;
-  }
-  if (length <= 0) return;  // an empty sequence reads and writes nothing
-  const int64 source = read.value(p.read), target = write.value(p.write);
-  const int64 buffer = row.value(p.rows);  // row of the intermediate states
-
-  Fetcher fetcher(p, gates, batch, first, hv, tile, warp, lane);
-  int count = length < Shape::WINDOW ? (int)length : Shape::WINDOW;
-  fetcher.fetch(0, count);
-
-  Registers S;
-  clear(S);
-  const bool pool_vectors = Vectors<State>::usable(p.pool);
-  const State* start = (const State*)p.pool.data + source * p.pool.slot + hv * p.pool.head;
-  if (source >= 0) load_state<Shape::STREAM>(S, start, p.pool, at, pool_vectors);
-  const bool step_vectors = Shape::VERIFY != Shape::NONE && Vectors<Step>::usable(p.steps);
-  Step* steps = (Step*)p.steps.data + buffer * p.steps.slot + hv * p.steps.head;
-
-  Outputs outputs(p, batch, first, hv, at);
-  fetcher.finish(stages[0], count);
-  meet();
-
-  Keys q = {};        // of the token before,
-  bool begun = false;  // if there was one
-  int64 done = 0;
-  for (int side = 0;; side ^= 1) {
-    const Stage& stage = stages[side];
-    const int64 left = length - done - count;
-    const int ahead = left < Shape::WINDOW ? (int)left : Shape::WINDOW;
-    if (ahead > 0) fetcher.fetch(done + count, ahead);
-
+  __device__ __forceinline__ void window(const Stage& stage, int count) {
     Operands next;
-    next.read(stage, 0, at, local);
+    next.read(stage, 0, at_);
 #pragma unroll 2
     for (int t = 0; t < count; t++) {
       const Operands now = next;
-      next.read(stage, t + 1 < count ? t + 1 : t, at, local);
-
-      if constexpr (Shape::VERIFY == Shape::TREE) {
-        // Steps of a tree start from the state their parent left in the buffer: this thread stored its share there.
-        if (buffer >= 0 && begun) {
-          const int64 parent = index_at(p.parents, n * p.parent_stride + done + t);
-          if (parent >= 0) {
-            load_state<false>(S, steps + parent * p.steps.step, p.steps, at, step_vectors);
-          } else {
-            clear(S);
-            if (source >= 0) load_state<false>(S, start, p.pool, at, pool_vectors);
-          }
-        }
-      }
-
-      float o[Shape::ROWS], d[Shape::ROWS];
-      if constexpr (Shape::VERIFY != Shape::TREE)
-#pragma unroll
-        for (int r = 0; r < Shape::ROWS; r++) o[r] = dot(S, r, q);
+      next.read(stage, t + 1 < count ? t + 1 : t, at_);
+      float o[Shape::ROWS];
+      recurrence_.enter(done_);
+      if constexpr (Shape::LATE) dots(o, recurrence_.S, q_);
       if constexpr (Shape::KDA) {
         Keys g;
-        g.read(stage.g[t], at.lane);
-#pragma unroll
-        for (int r = 0; r < Shape::ROWS; r++)
-#pragma unroll
-          for (int i = 0; i < Shape::CHUNKS; i++)
-#pragma unroll
-            for (int e = 0; e < Shape::VECTOR; e++) S.x[r][i][e] *= g.x[i][e];
+        read_staged(g, stage.g[t], at_.lane);
+        recurrence_.scale(g);
       }
-#pragma unroll
-      for (int r = 0; r < Shape::ROWS; r++) d[r] = dot(S, r, now.k);
-      q.read(stage.q[t], at.lane);
-      sum_to_all(d);
-      if constexpr (Shape::VERIFY != Shape::TREE) outputs.write(o, at, begun);
-      begun = true;
-
-#pragma unroll
-      for (int r = 0; r < Shape::ROWS; r++) {
-        const float u = now.beta * fmaf(-now.decay, d[r], now.v[r]);
-#pragma unroll
-        for (int i = 0; i < Shape::CHUNKS; i++)
-#pragma unroll
-          for (int e = 0; e < Shape::VECTOR; e++) {
-            float& s = S.x[r][i][e];
-            s = fmaf(now.k.x[i][e], u, Shape::KDA ? s : now.decay * s);
-          }
-      }
-
-      if constexpr (Shape::VERIFY != Shape::NONE)
-        if (buffer >= 0) store_state<false>(S, steps + (done + t) * p.steps.step, p.steps, at, step_vectors);
-      if constexpr (Shape::VERIFY == Shape::TREE) {
-#pragma unroll
-        for (int r = 0; r < Shape::ROWS; r++) o[r] = dot(S, r, q);
-        outputs.write(o, at, true);
-      }
+      recurrence_.advance(now.k, now.v, now.scalars, [&] {
+        read_staged(q_, stage.q[t], at_.lane);
+        if constexpr (Shape::LATE) recurrence_.outputs.write(o, scale_, at_, done_ > 0);
+      });
+      scale_ = now.scalars.scale;
+      recurrence_.leave(done_);
+      if constexpr (!Shape::LATE) output();
+      done_++;
     }
-    done += count;
-    if (ahead <= 0) break;
-    fetcher.finish(stages[side ^ 1], ahead);  // last read one window ago, before the last meeting
-    meet();
-    count = ahead;
   }
 
-  if constexpr (Shape::VERIFY != Shape::TREE) {
+  __device__ __forceinline__ void end() {
+    recurrence_.save();
+    if constexpr (Shape::LATE) output();
+  }
+
+ private:
+  __device__ __forceinline__ void output() {
     float o[Shape::ROWS];
-#pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++) o[r] = dot(S, r, q);
-    outputs.write(o, at, true);
+    dots(o, recurrence_.S, q_);
+    recurrence_.outputs.write(o, scale_, at_);
   }
-  if (target >= 0) {
-    State* end = (State*)p.pool.data + target * p.pool.slot + hv * p.pool.head;
-    store_state<Shape::STREAM>(S, end, p.pool, at, pool_vectors);
+
+  Recurrence<WIDE> recurrence_;
+  const Place at_;
+  Keys q_ = {};  // of the token before
+  float scale_ = 0.0f;
+  int64 done_ = 0;
+};
+
+__device__ __forceinline__ void meet() {  // everyone who shares the stages
+  if constexpr (Shape::THREADS == 32) __syncwarp();
+  else __syncthreads();
+}
+
+// Two stages: one is read while the other is filled. A window is fetched while the one before it is laid out and the
+// one before that is computed, and everybody meets once per window.
+template <bool WIDE, bool STAGES, bool COMPUTES>
+__device__ __forceinline__ void windows(Fetcher<WIDE> fetcher, Walk<WIDE> walk, int64 length, Stage (&stages)[2]) {
+  const auto upto = [](int64 left) { return left < Shape::WINDOW ? (int)left : Shape::WINDOW; };
+  int count = upto(length), ahead = upto(length - count);
+  if (STAGES) fetcher.fetch(0, count);
+  if (COMPUTES) walk.start();
+  if (STAGES) fetcher.finish(stages[0], count);
+  if (STAGES && ahead > 0) fetcher.fetch(count, ahead);
+  meet();
+  int64 done = 0;
+  for (int side = 0;; side ^= 1) {
+    if (COMPUTES) walk.window(stages[side], count);
+    if (ahead <= 0) break;
+    if (STAGES) fetcher.finish(stages[side ^ 1], ahead);  // last read one window ago, before the last meeting
+    done += count, count = ahead, ahead = upto(length - done - count);
+    if (STAGES && ahead > 0) fetcher.fetch(done + count, ahead);
+    meet();
   }
+  if (COMPUTES) walk.end();
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void run(const Arguments& p, const Sequence& it, const HeadGates& gates, const Place& at,
+                                    void* room, int warp, int lane) {
+  if constexpr (!Shape::STAGED) {
+    direct<WIDE>(p, it, gates, at, (Landing<State>*)room);
+  } else {
+    if (it.length <= 0) return;
+    Stage(&both)[2] = *(Stage(*)[2])room;
+    const Fetcher<WIDE> fetcher(p, it, gates, Shape::HELPERS ? warp - Shape::WARPS : warp, lane);
+    const Walk<WIDE> walk(p, it, at);
+    if constexpr (!Shape::HELPERS) windows<WIDE, true, true>(fetcher, walk, it.length, both);
+    else if (warp < Shape::WARPS) windows<WIDE, false, true>(fetcher, walk, it.length, both);
+    else windows<WIDE, true, false>(fetcher, walk, it.length, both);
+  }
+}
+
+// Zero where every address allows WIDE accesses. Else all are narrow, with the same bits.
+template <bool STAGED> __device__ __forceinline__ unsigned misaligned(const Arguments& p) {
+  unsigned bits = 0;
+  if constexpr (STAGED) bits |= Fetcher<STAGED>::misaligned(p);
+  else bits |= Reader<!STAGED>::misaligned(p);
+  if constexpr (Shape::READ) bits |= Share<State>::misaligned(p.pool);
+  if constexpr (Shape::VERIFY != Shape::NONE) bits |= Share<Step>::misaligned(p.steps);
+  return bits;
+}
+
+extern "C" __global__ void __launch_bounds__(Shape::THREADS, Shape::RESIDENT)
+    recurrent(const __grid_constant__ Arguments p) {
+  void* room = nullptr;
+  if constexpr (Shape::STAGED) {
+    __shared__ Stage stages[2];
+    room = stages;
+  } else if constexpr (Shape::LANDING) {
+    __shared__ Landing<State> landing;
+    room = &landing;
+  }
+  const int64 n = (int64)blockIdx.z * gridDim.y + blockIdx.y;
+  if (n >= p.n) return;
+  // Taken from one lane, the warp's number is known to be the same in all: roles are branches nobody diverges at.
+  const int lane = threadIdx.x % 32, number = threadIdx.x / 32;
+  const int warp = Shape::HELPERS ? __shfl_sync(0xffffffffu, number, 0) : number;
+  const Sequence it(p, n);
+  const int local = (warp * Shape::GROUPS + lane / Shape::LANES) * Shape::ROWS;
+  const Place at = {lane % Shape::LANES, it.tile * Shape::TILE + local, local};
+  const HeadGates gates(p, it.hv, lane);
+  const bool wide = misaligned<Shape::STAGED>(p) == 0;
+  if (!wide) run<false>(p, it, gates, at, room, warp, lane);
+  else run<true>(p, it, gates, at, room, warp, lane);
 }

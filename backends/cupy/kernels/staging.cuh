@@ -1,190 +1,145 @@
-// Tokens on their way to the recurrence: fetched from memory as raw bits while the tokens before them are computed,
-// then understood, normalised and laid out in shared memory, once per block and token.
+// Tokens on their way to the recurrence: fetched from memory as raw bits a window ahead, then understood, and laid out
+// in shared memory, once per block and token.
 #pragma once
 
 struct __align__(16) Stage {  // a window of tokens, ready to use
   float k[Shape::WINDOW][Shape::KEYS], q[Shape::WINDOW][Shape::KEYS];
   float g[Shape::KDA ? Shape::WINDOW : 1][Shape::KDA ? Shape::KEYS : 4];  // KDA: decay per key channel
+  Scalars scalars[Shape::WINDOW];
   float v[Shape::WINDOW][Shape::TILE];
-  float decay[Shape::WINDOW], beta[Shape::WINDOW];  // decay: GDN only
 };
 
-// Four consecutive key channels per lane and 128 per round, so that one warp holds a whole row of K.
-constexpr int ROUNDS = (Shape::KEYS + 127) / 128;
-constexpr int TILE_ROUNDS = (Shape::TILE + 31) / 32;
-
-template <class T> struct RawKeys {
-  static constexpr int WORDS = 4 / Format<T>::PER_WORD;
-  unsigned word[ROUNDS][WORDS] = {};
-
-  // row: first channel of the token's head. whole: four channels may be read at once.
-  __device__ __forceinline__ void fetch(const T* row, int64 element, bool whole, int lane) {
+// Where key channel k lies in a staged row. Lanes read 16 bytes at a time; with VECTOR = 8 the two halves of a chunk
+// lie apart, so that neighbouring lanes read neighbouring words and no bank is asked twice.
+__device__ __forceinline__ int staged(int k) {
+  if constexpr (Shape::VECTOR == 4) return k;
+  else return (k & 4) * (Shape::KEYS / 8) + (k >> 3) * 4 + (k & 3);
+}
+__device__ __forceinline__ void read_staged(Keys& x, const float* row, int lane) {
 #pragma unroll
-    for (int s = 0; s < ROUNDS; s++) {
-      const int k = 4 * lane + 128 * s;
+  for (int i = 0; i < Shape::CHUNKS; i++)
 #pragma unroll
-      for (int w = 0; w < WORDS; w++) word[s][w] = 0;
-      if (Shape::UNIT && Shape::K % 4 == 0 && sizeof(T) < 8 && whole) {
-        if (k < Shape::K) {
-          if constexpr (WORDS == 4) {
-            const uint4 w = __ldg((const uint4*)(row + k));
-            word[s][0] = w.x, word[s][1] = w.y, word[s][WORDS - 2] = w.z, word[s][WORDS - 1] = w.w;
-          } else {
-            const uint2 w = __ldg((const uint2*)(row + k));
-            word[s][0] = w.x, word[s][1] = w.y;
-          }
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (k + e < Shape::K) {
-            const unsigned bits = Format<T>::read(row + (Shape::UNIT ? k + e : (k + e) * element));
-            word[s][e / Format<T>::PER_WORD] |= Format<T>::PER_WORD == 2 ? bits << 16 * (e & 1) : bits;
-          }
-      }
+    for (int e = 0; e < Shape::VECTOR; e += 4) {
+      const float4 w = *(const float4*)(row + staged(key_of(lane, i, e)));
+      x.x[i][e] = w.x, x.x[i][e + 1] = w.y, x.x[i][e + 2] = w.z, x.x[i][e + 3] = w.w;
     }
-  }
-  __device__ __forceinline__ float get(int s, int e) const {
-    return Format<T>::get(word[s][e / Format<T>::PER_WORD], e % Format<T>::PER_WORD);
-  }
-};
+}
 
-// What a head's gates have in common: bits, loaded before anything is known of the sequence.
-class HeadGates {
+// One staging warp's part of a window: tokens stager, stager + STAGERS, ... A row of K takes the whole warp, the
+// scalar gates of its tokens one lane each.
+template <bool WIDE> class Fetcher {
  public:
-  __device__ __forceinline__ HeadGates(const Arguments& p, int hv, int lane) {
-    A_log_ = fetch_bits(p.A_log.data, hv * p.A_log.head, p.A_log.format);
-#pragma unroll
-    for (int s = 0; s < (Shape::KDA ? ROUNDS : 1); s++)
-#pragma unroll
-      for (int e = 0; e < (Shape::KDA ? 4 : 1); e++) {
-        const int k = Shape::KDA ? 4 * lane + 128 * s + e : 0;
-        const int64 at = hv * p.dt_bias.head + (k < Shape::K ? k : 0) * p.dt_bias.element;
-        bias_[s][e] = fetch_bits(p.dt_bias.data, at, p.dt_bias.format);
-      }
-  }
-  __device__ __forceinline__ float A_log(const Arguments& p) const { return understand(A_log_, p.A_log.format); }
-  // KDA: of the lane's key channel (s, e); GDN: (0, 0).
-  __device__ __forceinline__ float bias(const Arguments& p, int s, int e) const {
-    return understand(bias_[s][e], p.dt_bias.format);
+  static constexpr bool FIT = Shape::UNIT && Shape::K % 4 == 0;
+  static constexpr bool A_FIT = FIT && Shape::KDA && sizeof(A_TYPE) < 8;  // doubles are rounded one by one
+
+  static __device__ __forceinline__ unsigned misaligned(const Arguments& p) {
+    unsigned bits = 0;
+    if constexpr (FIT) bits |= Raw<Io, 4>::misaligned(p.q.data, p.q.batch | p.q.time | p.q.head);
+    if constexpr (FIT) bits |= Raw<Io, 4>::misaligned(p.k.data, p.k.batch | p.k.time | p.k.head);
+    if constexpr (A_FIT) bits |= Raw<A_TYPE, 4>::misaligned(p.a.data, p.a.batch | p.a.time | p.a.head);
+    return bits;
   }
 
- private:
-  unsigned A_log_, bias_[ROUNDS][4];
-};
-
-// One warp's part of a window: tokens warp, warp + WARPS, ... The scalar gates of the next warp's tokens are computed
-// by one lane each, so that in a decode step they do not wait for the norms.
-class Fetcher {
- public:
-  __device__ __forceinline__ Fetcher(const Arguments& p, const HeadGates& gates, int64 batch, int64 first, int hv,
-                                     int tile, int warp, int lane)
-      : p_(p), gates_(gates), warp_(warp), lane_(lane) {
-    const int64 h = hv / (int)p.group;
-    q_ = (const Io*)p.q.data + batch * p.q.batch + first * p.q.time + h * p.q.head;
-    k_ = (const Io*)p.k.data + batch * p.k.batch + first * p.k.time + h * p.k.head;
-    v_ = (const Io*)p.v.data + batch * p.v.batch + first * p.v.time + hv * p.v.head;
-    a_ = batch * p.a.batch + first * p.a.time + hv * p.a.head;
-    b_ = batch * p.b.batch + first * p.b.time + hv * p.b.head;
-    v_row_ = tile * Shape::TILE + lane;
-    const int bytes = 4 * (int)sizeof(Io), gate_bytes = 4 * (int)sizeof(Gate);
-    whole_q_ = aligned(p.q.data, (p.q.batch | p.q.time | p.q.head) * (int64)sizeof(Io), bytes);
-    whole_k_ = aligned(p.k.data, (p.k.batch | p.k.time | p.k.head) * (int64)sizeof(Io), bytes);
-    whole_a_ = aligned(p.a.data, (p.a.batch | p.a.time | p.a.head) * (int64)sizeof(Gate), gate_bytes);
+  __device__ __forceinline__ Fetcher(const Arguments& p, const Sequence& it, const HeadGates& gates, int stager,
+                                     int lane)
+      : p_(p), gates_(gates), stager_(stager), lane_(lane), v_row_(it.tile * Shape::TILE + lane) {
+    q_ = it.begin<const Io>(p.q, it.head), k_ = it.begin<const Io>(p.k, it.head), v_ = it.begin<const Io>(p.v, it.hv);
+    a_ = it.begin<const A_TYPE>(p.a, it.hv), b_ = it.begin<const B_TYPE>(p.b, it.hv);
   }
 
   // Start loading tokens [at, at + count) of the sequence; count <= WINDOW.
   __device__ __forceinline__ void fetch(int64 at, int count) {
 #pragma unroll
     for (int s = 0; s < Shape::TOKENS; s++) {
-      const int slot = warp_ + Shape::WARPS * s;
+      const int slot = stager_ + Shape::STAGERS * s;
       if (slot < count) {
         const int64 t = at + slot;
-        k_raw_[s].fetch(k_ + t * p_.k.time, p_.k.element, whole_k_, lane_);
-        q_raw_[s].fetch(q_ + t * p_.q.time, p_.q.element, whole_q_, lane_);
-        if constexpr (Shape::KDA)
-          a_raw_[s].fetch((const Gate*)p_.a.data + a_ + t * p_.a.time, p_.a.element, whole_a_, lane_);
+        row(k_raw_[s], k_ + t * p_.k.time, p_.k.element);
+        row(q_raw_[s], q_ + t * p_.q.time, p_.q.element);
+        if constexpr (Shape::KDA) row(a_raw_[s], a_ + t * p_.a.time, p_.a.element);
 #pragma unroll
         for (int x = 0; x < TILE_ROUNDS; x++) {
           const int v = v_row_ + 32 * x;
-          if (lane_ + 32 * x < Shape::TILE && v < Shape::V)
-            v_raw_[s][x] = Format<Io>::read(v_ + t * p_.v.time + (Shape::UNIT ? v : v * p_.v.element));
+          const bool mine = lane_ + 32 * x < Shape::TILE && v < Shape::V;
+          v_raw_[s][x].template load<false, INPUT>(v_ + t * p_.v.time + (Shape::UNIT ? v : v * p_.v.element), 1, mine);
         }
       }
     }
-    gate_slot_ = lane_ < Shape::TOKENS ? (warp_ + 1) % Shape::WARPS + Shape::WARPS * lane_ : Shape::WINDOW;
+    gate_slot_ = lane_ < Shape::TOKENS ? stager_ + Shape::STAGERS * lane_ : Shape::WINDOW;
     if (gate_slot_ < count) {
       const int64 t = at + gate_slot_;
-      if constexpr (!Shape::KDA) a_bits_ = fetch_bits(p_.a.data, a_ + t * p_.a.time, p_.a_format);
-      b_bits_ = fetch_bits(p_.b.data, b_ + t * p_.b.time, p_.b_format);
+      if constexpr (!Shape::KDA) a_bits_.template load<false, INPUT>(a_ + t * p_.a.time, 1, 1);
+      b_bits_.template load<false, INPUT>(b_ + t * p_.b.time, 1, 1);
     }
   }
 
   // Lay the fetched tokens out. Slots beyond count hold what was fetched for an earlier window, or zeros.
   __device__ __forceinline__ void finish(Stage& stage, int count) {
-    float q_factor[Shape::TOKENS], k_factor[Shape::TOKENS];
-    norms(q_factor, k_factor);
 #pragma unroll
     for (int s = 0; s < Shape::TOKENS; s++) {
-      const int slot = warp_ + Shape::WARPS * s;
+      const int slot = stager_ + Shape::STAGERS * s;
       if (slot >= count) continue;
-      rows(stage, slot, s, q_factor[s], k_factor[s]);
+      lay_out(stage, slot, s);
 #pragma unroll
       for (int x = 0; x < TILE_ROUNDS; x++) {
         const int v = lane_ + 32 * x;
-        if (v < Shape::TILE) stage.v[slot][v] = v_row_ + 32 * x < Shape::V ? Format<Io>::get(v_raw_[s][x], 0) : 0.0f;
+        if (v < Shape::TILE) stage.v[slot][v] = v_raw_[s][x].get(0);
       }
     }
+    float k_factor = 1.0f, q_factor = 1.0f;  // of the lane's token
+    if constexpr (Shape::NORM) norms(k_factor, q_factor);
     if (gate_slot_ < count) {
-      if constexpr (!Shape::KDA) {
-        const float A_log = gates_.A_log(p_), x = understand(a_bits_, p_.a_format) + gates_.bias(p_, 0, 0);
-        stage.decay[gate_slot_] = decay_of(A_log, rate_of(A_log), x, p_);
-      }
-      stage.beta[gate_slot_] = p_.beta_factor * sigmoid(understand(b_bits_, p_.b_format));
+      float decay = 1.0f;
+      if constexpr (!Shape::KDA) decay = decay_of(gates_.A_log(), a_bits_.get(0) + gates_.bias(), p_);
+      stage.scalars[gate_slot_] = scalars_of(decay, b_bits_.get(0), k_factor, q_factor, p_);
     }
   }
 
  private:
-  // All of the warp's tokens together: their shuffles wait for one another's latency, not one after another.
-  __device__ __forceinline__ void norms(float (&q_factor)[Shape::TOKENS], float (&k_factor)[Shape::TOKENS]) const {
+  static constexpr int TILE_ROUNDS = (Shape::TILE + 31) / 32;
+
+  template <class T>
+  __device__ __forceinline__ void row(Raw<T, 4> (&raw)[ROUNDS], const T* p, int64 element) const {
 #pragma unroll
-    for (int s = 0; s < Shape::TOKENS; s++) q_factor[s] = p_.scale, k_factor[s] = 1.0f;
-    if (!p_.l2norm) return;
-    float sum[2 * Shape::TOKENS] = {};
-#pragma unroll
-    for (int s = 0; s < Shape::TOKENS; s++)
-#pragma unroll
-      for (int i = 0; i < ROUNDS; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float q = q_raw_[s].get(i, e), k = k_raw_[s].get(i, e);
-          sum[2 * s] = fmaf(q, q, sum[2 * s]), sum[2 * s + 1] = fmaf(k, k, sum[2 * s + 1]);
-        }
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2)
-#pragma unroll
-      for (int s = 0; s < 2 * Shape::TOKENS; s++) sum[s] += __shfl_xor_sync(0xffffffffu, sum[s], mask);
-#pragma unroll
-    for (int s = 0; s < Shape::TOKENS; s++) {
-      q_factor[s] = p_.scale * rsqrtf(sum[2 * s] + 1e-6f);
-      k_factor[s] = rsqrtf(sum[2 * s + 1] + 1e-6f);
+    for (int i = 0; i < ROUNDS; i++) {
+      const int k = 4 * lane_ + 128 * i;
+      raw[i].template load<WIDE && FIT && sizeof(T) < 8, INPUT>(p + (Shape::UNIT ? k : k * element),
+                                                                Shape::UNIT ? 1 : element, Shape::K - k);
     }
   }
 
-  __device__ __forceinline__ void rows(Stage& stage, int slot, int s, float q_factor, float k_factor) {
+  // All of the warp's tokens together: their shuffles wait for one another's latency, not one after another.
+  __device__ __forceinline__ void norms(float& k_factor, float& q_factor) const {
+    float square[2 * Shape::TOKENS];
+#pragma unroll
+    for (int s = 0; s < Shape::TOKENS; s++) {
+      float k[ROUNDS][4], q[ROUNDS][4];
+#pragma unroll
+      for (int i = 0; i < ROUNDS; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) k[i][e] = k_raw_[s][i].get(e), q[i][e] = q_raw_[s][i].get(e);
+      square[2 * s] = quad_squares(k), square[2 * s + 1] = quad_squares(q);
+    }
+    sum_over_warp(square);
+    float k_square = square[0], q_square = square[1];
+#pragma unroll
+    for (int s = 1; s < Shape::TOKENS; s++)
+      if (lane_ == s) k_square = square[2 * s], q_square = square[2 * s + 1];
+    k_factor = inverse_norm(k_square), q_factor = inverse_norm(q_square);
+  }
+
+  __device__ __forceinline__ void lay_out(Stage& stage, int slot, int s) const {
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
       const int k = 4 * lane_ + 128 * i;
       if (k >= Shape::KEYS) continue;
-      *(float4*)&stage.k[slot][staged(k)] = {k_raw_[s].get(i, 0) * k_factor, k_raw_[s].get(i, 1) * k_factor,
-                                             k_raw_[s].get(i, 2) * k_factor, k_raw_[s].get(i, 3) * k_factor};
-      *(float4*)&stage.q[slot][staged(k)] = {q_raw_[s].get(i, 0) * q_factor, q_raw_[s].get(i, 1) * q_factor,
-                                             q_raw_[s].get(i, 2) * q_factor, q_raw_[s].get(i, 3) * q_factor};
+      const Raw<Io, 4>&x = k_raw_[s][i], &y = q_raw_[s][i];
+      *(float4*)&stage.k[slot][staged(k)] = {x.get(0), x.get(1), x.get(2), x.get(3)};
+      *(float4*)&stage.q[slot][staged(k)] = {y.get(0), y.get(1), y.get(2), y.get(3)};
       if constexpr (Shape::KDA) {
-        const float A_log = gates_.A_log(p_), rate = rate_of(A_log);
         float g[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) g[e] = decay_of(A_log, rate, a_raw_[s].get(i, e) + gates_.bias(p_, i, e), p_);
+        for (int e = 0; e < 4; e++) g[e] = decay_of(gates_.A_log(), a_raw_[s][i].get(e) + gates_.bias(i, e), p_);
         *(float4*)&stage.g[slot][staged(k)] = {g[0], g[1], g[2], g[3]};
       }
     }
@@ -193,10 +148,12 @@ class Fetcher {
   const Arguments& p_;
   const HeadGates& gates_;
   const Io *q_, *k_, *v_;
-  int64 a_, b_;
-  int warp_, lane_, v_row_, gate_slot_;
-  bool whole_q_, whole_k_, whole_a_;
-  RawKeys<Io> k_raw_[Shape::TOKENS], q_raw_[Shape::TOKENS];
-  RawKeys<Gate> a_raw_[Shape::TOKENS];  // KDA only
-  unsigned v_raw_[Shape::TOKENS][TILE_ROUNDS], a_bits_ = 0, b_bits_ = 0;
+  const A_TYPE* a_;
+  const B_TYPE* b_;
+  int stager_, lane_, v_row_, gate_slot_ = Shape::WINDOW;
+  Raw<Io, 4> k_raw_[Shape::TOKENS][ROUNDS] = {}, q_raw_[Shape::TOKENS][ROUNDS] = {};
+  Raw<A_TYPE, 4> a_raw_[Shape::TOKENS][ROUNDS] = {};  // KDA only
+  Raw<Io, 1> v_raw_[Shape::TOKENS][TILE_ROUNDS] = {};
+  Raw<A_TYPE, 1> a_bits_ = {};
+  Raw<B_TYPE, 1> b_bits_ = {};
 };

@@ -2,8 +2,9 @@
 #pragma once
 
 struct Place {  // which part of the state this thread holds
-  int lane;     // within the group: key channels Shape::VECTOR * (lane + Shape::LANES * i) + e
+  int lane;     // within the group: key channels key_of(lane, i, e)
   int row;      // first of the thread's Shape::ROWS rows of V
+  int local;    // the same within the block's tile
   __device__ __forceinline__ bool has(int r) const { return Shape::WHOLE_TILES || row + r < Shape::V; }
   static __device__ __forceinline__ bool key(int k) { return Shape::K == Shape::KEYS || k < Shape::K; }
 };
@@ -12,157 +13,138 @@ struct Registers {
   float x[Shape::ROWS][Shape::CHUNKS][Shape::VECTOR];
 };
 
-// Bytes a vector of n stored values is aligned to.
-template <class T, int N> struct VectorBytes {
-  static constexpr int VALUE = N * (int)sizeof(T) < 16 ? N * (int)sizeof(T) : 16;
-};
+// A share as vectors along the axis that is packed in memory: in layout vk the thread's chunks of K for each of its
+// rows, in layout kv its rows of V for each of its key channels.
+template <class T> struct Share {
+  static constexpr int LENGTH = Shape::VK ? Shape::VECTOR : Shape::ROWS;  // values per vector
+  using Vector = Raw<T, LENGTH>;
+  static constexpr bool FIT = Shape::UNIT && (Shape::VK ? Shape::K : Shape::V) % LENGTH == 0;  // for WIDE accesses
 
-// Whether the layout allows vectors at all (compile time) and the addresses do (run time).
-template <class T> struct Vectors {
-  static constexpr int LENGTH = Shape::VK ? Shape::VECTOR : Shape::ROWS;  // values per vector, along the packed axis
-  static constexpr bool FIT = Shape::UNIT && (Shape::VK ? Shape::K : Shape::V) % LENGTH == 0;
-  static __device__ __forceinline__ bool usable(const States& s) {
-    const int bytes = VectorBytes<T, LENGTH>::VALUE;
-    return FIT && aligned(s.data, (s.slot | s.step | s.head) * (int64)sizeof(T), bytes);
+  static __device__ __forceinline__ unsigned misaligned(const States& s) {
+    return FIT ? Vector::misaligned(s.data, s.slot | s.step | s.head) : 0;
+  }
+
+  // Calls visit(r, i, e, offset, step, count) for every vector: its first element is (r, i, e) of the share and lies
+  // at `offset` of the state; `count` elements of it, `step` apart, are inside the state. With unit strides the
+  // offset is the thread's own plus a constant, which the instruction holds.
+  template <class Visit> static __device__ __forceinline__ void each(const States& s, const Place& at, Visit visit) {
+#pragma unroll
+    for (int r = 0; r < (Shape::VK ? Shape::ROWS : 1); r++)
+#pragma unroll
+      for (int i = 0; i < Shape::CHUNKS; i++)
+#pragma unroll
+        for (int e = 0; e < (Shape::VK ? 1 : Shape::VECTOR); e++) {
+          const int k = key_of(at.lane, i, e), v = at.row + r, mine = key_of(at.lane, 0, 0);
+          int64 offset;
+          if constexpr (!Shape::UNIT) offset = k * s.key + v * s.value;
+          else if constexpr (Shape::VK) offset = (int64)(at.row * Shape::K + mine) + (r * Shape::K + key_of(0, i, 0));
+          else offset = (int64)(mine * Shape::V + at.row) + key_of(0, i, e) * Shape::V;
+          const bool first = at.has(r) && Place::key(k);
+          const bool whole = Shape::VK ? Shape::K == Shape::KEYS : Shape::WHOLE_TILES;
+          const int inside = whole ? LENGTH : Shape::VK ? Shape::K - k : Shape::V - v;
+          visit(r, i, e, offset, Shape::UNIT ? 1 : Shape::VK ? s.key : s.value, first ? inside : 0);
+        }
   }
 };
 
-// Where a vector of the thread's share begins, for key channel chunk i and row r (vk) or key channel (i, e) (kv): the
-// thread's own address, and from there a constant, which the load instruction holds.
-template <class T> __device__ __forceinline__ T* vectors_at(T* base, const Place& at) {
-  return Shape::VK ? base + (at.row * Shape::K + Shape::VECTOR * at.lane)
-                   : base + (Shape::VECTOR * at.lane * Shape::V + at.row);
-}
-__device__ __forceinline__ constexpr int vector_step(int r, int i, int e) {
-  return Shape::VK ? r * Shape::K + Shape::VECTOR * Shape::LANES * i : (Shape::VECTOR * Shape::LANES * i + e) * Shape::V;
+// Zeros where the share reaches outside the state, and everywhere unless it is `live`.
+template <bool WIDE, Access A, class T>
+__device__ __forceinline__ void load_state(Registers& S, const T* base, const States& s, const Place& at, bool live) {
+  constexpr bool WIDELY = WIDE && Share<T>::FIT;
+  if (!WIDELY && !live) {
+    S = {};
+    return;
+  }
+  Share<T>::each(s, at, [&](int r, int i, int e, int64 offset, int64 step, int count) {
+    typename Share<T>::Vector vector;
+    vector.template load<WIDELY, A>(base + offset, step, !WIDELY || live ? count : 0);
+#pragma unroll
+    for (int x = 0; x < Share<T>::LENGTH; x++) (Shape::VK ? S.x[r][i][x] : S.x[x][i][e]) = vector.get(x);
+  });
 }
 
-// Calls visit(r, i, e, offset) for every element the thread holds; offset is within the state.
-template <class Visit> __device__ __forceinline__ void each_element(const States& s, const Place& at, Visit visit) {
+// The same in two halves with shared memory between them, where no register waits for memory: a thread starts to copy
+// its share, does what does not need the state, and takes the share in when it has landed. Nobody else reads it.
+template <class T> struct Landing {
+  using Vector = typename Share<T>::Vector;
+  static constexpr bool POSSIBLE = Share<T>::FIT && Vector::BYTES >= 4;
+  static constexpr int VECTORS = Shape::ROWS * Shape::CHUNKS * Shape::VECTOR / Share<T>::LENGTH;
+  static constexpr int PIECE = POSSIBLE ? Vector::BYTES / 4 : 1, PIECES = Vector::WORDS / PIECE;  // words per copy
+
+  struct __align__(4 * PIECE) Piece { unsigned word[PIECE]; };
+  Piece room[VECTORS][PIECES][Shape::THREADS];
+
+  static __device__ __forceinline__ int number(int r, int i, int e) {
+    return Shape::VK ? r * Shape::CHUNKS + i : i * Shape::VECTOR + e;
+  }
+  __device__ __forceinline__ void start(const T* base, const States& s, const Place& at, bool live) {
+    Share<T>::each(s, at, [&](int r, int i, int e, int64 offset, int64, int count) {
 #pragma unroll
-  for (int r = 0; r < Shape::ROWS; r++)
+      for (int x = 0; x < PIECES; x++)
+        copy_async<4 * PIECE>(&room[number(r, i, e)][x][threadIdx.x], (const unsigned*)(base + offset) + x * PIECE,
+                              live && count > 0);
+    });
+  }
+  __device__ __forceinline__ void take(Registers& S, const States& s, const Place& at) const {
+    wait_for_copies();
+    Share<T>::each(s, at, [&](int r, int i, int e, int64, int64, int) {
+      Vector vector;
 #pragma unroll
-    for (int i = 0; i < Shape::CHUNKS; i++)
+      for (int x = 0; x < PIECES; x++) {
+        const Piece piece = room[number(r, i, e)][x][threadIdx.x];
 #pragma unroll
-      for (int e = 0; e < Shape::VECTOR; e++) {
-        const int k = Shape::VECTOR * (at.lane + Shape::LANES * i) + e, v = at.row + r;
-        int64 offset;
-        if constexpr (!Shape::UNIT) offset = k * s.key + v * s.value;
-        else offset = Shape::VK ? v * Shape::K + k : k * Shape::V + v;
-        visit(r, i, e, offset, at.has(r) && Place::key(k));
+        for (int w = 0; w < PIECE; w++) vector.word[x * PIECE + w] = piece.word[w];
       }
-}
-
-template <bool STREAM, class T>
-__device__ __forceinline__ void load_state(Registers& S, const T* base, const States& s, const Place& at, bool vectors) {
-  if (Vectors<T>::FIT && vectors) {
-    const T* const mine = vectors_at(base, at);
-    if constexpr (Shape::VK) {
 #pragma unroll
-      for (int r = 0; r < Shape::ROWS; r++)
-#pragma unroll
-        for (int i = 0; i < Shape::CHUNKS; i++) {
-          const int k = Shape::VECTOR * (at.lane + Shape::LANES * i);
-          if (at.has(r) && Place::key(k)) load_vector<STREAM>(mine + vector_step(r, i, 0), S.x[r][i]);
-        }
-    } else {
-#pragma unroll
-      for (int i = 0; i < Shape::CHUNKS; i++)
-#pragma unroll
-        for (int e = 0; e < Shape::VECTOR; e++) {
-          const int k = Shape::VECTOR * (at.lane + Shape::LANES * i) + e;
-          float column[Shape::ROWS] = {};
-          if (at.has(0) && Place::key(k)) load_vector<STREAM>(mine + vector_step(0, i, e), column);
-#pragma unroll
-          for (int r = 0; r < Shape::ROWS; r++) S.x[r][i][e] = column[r];
-        }
-    }
-  } else {
-    each_element(s, at, [&](int r, int i, int e, int64 offset, bool inside) {
-      if (inside) S.x[r][i][e] = Format<T>::load(base + offset);
+      for (int x = 0; x < Share<T>::LENGTH; x++) (Shape::VK ? S.x[r][i][x] : S.x[x][i][e]) = vector.get(x);
     });
   }
+};
+
+template <bool WIDE, Access A, class T>
+__device__ __forceinline__ void store_state(const Registers& S, T* base, const States& s, const Place& at) {
+  Share<T>::each(s, at, [&](int r, int i, int e, int64 offset, int64 step, int count) {
+    float x[Share<T>::LENGTH];
+#pragma unroll
+    for (int y = 0; y < Share<T>::LENGTH; y++) x[y] = Shape::VK ? S.x[r][i][y] : S.x[y][i][e];
+    Share<T>::Vector::template store<WIDE && Share<T>::FIT, A>(base + offset, step, count, x);
+  });
 }
 
-template <bool STREAM, class T>
-__device__ __forceinline__ void store_state(const Registers& S, T* base, const States& s, const Place& at, bool vectors) {
-  if (Vectors<T>::FIT && vectors) {
-    T* const mine = vectors_at(base, at);
-    if constexpr (Shape::VK) {
-#pragma unroll
-      for (int r = 0; r < Shape::ROWS; r++)
-#pragma unroll
-        for (int i = 0; i < Shape::CHUNKS; i++) {
-          const int k = Shape::VECTOR * (at.lane + Shape::LANES * i);
-          if (at.has(r) && Place::key(k)) store_vector<STREAM>(mine + vector_step(r, i, 0), S.x[r][i]);
-        }
-    } else {
-#pragma unroll
-      for (int i = 0; i < Shape::CHUNKS; i++)
-#pragma unroll
-        for (int e = 0; e < Shape::VECTOR; e++) {
-          const int k = Shape::VECTOR * (at.lane + Shape::LANES * i) + e;
-          float column[Shape::ROWS];
-#pragma unroll
-          for (int r = 0; r < Shape::ROWS; r++) column[r] = S.x[r][i][e];
-          if (at.has(0) && Place::key(k)) store_vector<STREAM>(mine + vector_step(0, i, e), column);
-        }
-    }
-  } else {
-    each_element(s, at, [&](int r, int i, int e, int64 offset, bool inside) {
-      if (inside) Format<T>::store(base + offset, S.x[r][i][e]);
-    });
-  }
-}
-
-__device__ __forceinline__ void clear(Registers& S) {
-#pragma unroll
-  for (int r = 0; r < Shape::ROWS; r++)
-#pragma unroll
-    for (int i = 0; i < Shape::CHUNKS; i++)
-#pragma unroll
-      for (int e = 0; e < Shape::VECTOR; e++) S.x[r][i][e] = 0.0f;
-}
-
-struct Keys {  // a staged row of key channels, the part this lane needs
+struct Keys {  // a row of key channels, the part this lane needs
   float x[Shape::CHUNKS][Shape::VECTOR];
-  __device__ __forceinline__ void read(const float* row, int lane) {
-#pragma unroll
-    for (int i = 0; i < Shape::CHUNKS; i++)
-#pragma unroll
-      for (int h = 0; h < Shape::VECTOR; h += 4) {
-        const float4 w = *(const float4*)(row + staged(Shape::VECTOR * (lane + Shape::LANES * i) + h));
-        x[i][h] = w.x, x[i][h + 1] = w.y, x[i][h + 2] = w.z, x[i][h + 3] = w.w;
-      }
-  }
 };
 
 // This lane's part of the sum over K of S[k, v] * x[k], for its row r of V. See shape.cuh for the order.
 __device__ __forceinline__ float dot(const Registers& S, int r, const Keys& x) {
-  float sum[Shape::PARTIALS][2] = {};
+  constexpr int PARTIALS = 16 / Shape::LANES;  // pairs of partial sums per lane
+  float sum[PARTIALS][2] = {}, half[PARTIALS];
 #pragma unroll
   for (int i = 0; i < Shape::CHUNKS; i++)
 #pragma unroll
     for (int e = 0; e < Shape::VECTOR; e++) {
-      float& part = sum[i % Shape::PARTIALS][e & 1];
+      float& part = sum[i % PARTIALS][e & 1];
       part = fmaf(S.x[r][i][e], x.x[i][e], part);
     }
-  float half[Shape::PARTIALS];
 #pragma unroll
-  for (int c = 0; c < Shape::PARTIALS; c++) half[c] = sum[c][0] + sum[c][1];
+  for (int c = 0; c < PARTIALS; c++) half[c] = sum[c][0] + sum[c][1];
 #pragma unroll
-  for (int width = Shape::PARTIALS / 2; width; width /= 2)
+  for (int width = PARTIALS / 2; width; width /= 2)
 #pragma unroll
     for (int c = 0; c < width; c++) half[c] += half[c + width];
   return half[0];
 }
+__device__ __forceinline__ void dots(float (&sum)[Shape::ROWS], const Registers& S, const Keys& x) {
+#pragma unroll
+  for (int r = 0; r < Shape::ROWS; r++) sum[r] = dot(S, r, x);
+}
 
-// All lanes of the group get the sums of all rows.
-__device__ __forceinline__ void sum_to_all(float (&x)[Shape::ROWS]) {
+// All lanes of the group get the sums of all lanes.
+template <int N> __device__ __forceinline__ void sum_to_all(float (&x)[N]) {
 #pragma unroll
   for (int mask = Shape::LANES / 2; mask; mask /= 2)
 #pragma unroll
-    for (int r = 0; r < Shape::ROWS; r++) x[r] += __shfl_xor_sync(0xffffffffu, x[r], mask);
+    for (int r = 0; r < N; r++) x[r] += __shfl_xor_sync(0xffffffffu, x[r], mask);
 }
 
 // Each sum goes to one lane only: with every halving of the lanes the rows are halved too, which needs

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ....errors import ArgumentTypeError, ArgumentValueError
-from ...varlen.layout import SequenceLayout, check_offsets
+from ...varlen.graph_layout import GraphLayout
+from ...varlen.layout import SequenceLayout
+from ...varlen.offsets import check_offsets
 from .call import Call
 from .dtypes import FLOAT_DTYPES, INDEX_DTYPES
 from .memory import overlaps_itself
@@ -37,7 +39,7 @@ def canonical_call(
     initial_state_indices: torch.Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: torch.Tensor | SequenceLayout | None = None,
+    cu_seqlens: torch.Tensor | SequenceLayout | GraphLayout | None = None,
     *,
     state_layout: str = "kv",
     is_kda: bool = False,
@@ -119,6 +121,12 @@ def canonical_call(
     cu: torch.Tensor | None = None
     if isinstance(cu_seqlens, SequenceLayout):
         layout, cu = cu_seqlens, cu_seqlens.cu_seqlens
+    elif isinstance(cu_seqlens, GraphLayout):
+        cu = cu_seqlens.cu_seqlens
+        max_seqlen = cu_seqlens.max_length if max_seqlen is None else max_seqlen
+        if cu_seqlens.max_tokens is not None and cu_seqlens.max_tokens > length:
+            expected = f"a GraphLayout of at most T = {length} tokens"
+            raise ArgumentValueError("cu_seqlens", expected, f"max_tokens = {cu_seqlens.max_tokens}")
     elif cu_seqlens is not None:
         cu = cu_seqlens
     if cu is not None:

@@ -23,7 +23,7 @@ __all__ = ["CHECKS"]
 _FAR = 5 * 2**29
 
 
-@check("S6", "offsets beyond 2**31 elements", needs=Needs.CPU)
+@check("S6", "offsets beyond 2**31 elements", needs=Needs.HOST)
 def wide_offsets(subject: Subject) -> Iterator[Examination]:
     spec = CaseSpec("far", (3, 2), h=1, hv=2, k=32, v=24, state_dtype="bfloat16")
     for index in ("int32", "int64"):

@@ -1,4 +1,6 @@
-"""X1: the registry runs what was asked for; every config is correct; backends can take over from one another."""
+"""X1: the registry, and torch through it, run what was asked for; every config is correct; backends can take over from
+one another.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from ..cases import BASE, FLOAT32
 from .compare import Recipe, accurate, exact, near
 from .kwargs import fresh, select_spans
 from .safety import poisoned, untouched
+from .torch_checks import operator_checks
 from .trial import Results, Trial
 
 __all__ = ["CHECKS"]
@@ -31,6 +34,7 @@ def registry_checks(subject: Subject) -> Iterator[Examination]:
     yield "launch counter", partial(_launched, subject)
     if subject.backend.provenance not in ("torch", "external"):
         yield "no torch fallback inside", partial(_no_fallback, subject)
+    yield from operator_checks(subject)
     if subject.config is None:
         for spec in (_SMALL, _LONG):
             for config in _configs(subject, spec):

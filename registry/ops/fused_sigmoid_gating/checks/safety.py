@@ -94,7 +94,7 @@ def _refilled(subject: Subject, spec: CaseSpec) -> float | None:
     return same(subject, "S3", got, want)
 
 
-@check("S4", "NaN all around the inputs shows nowhere", needs=Needs.CPU)
+@check("S4", "NaN all around the inputs shows nowhere", needs=Needs.HOST)
 def surroundings(subject: Subject) -> Iterator[Examination]:
     for spec in (*WRITING_CASES, BASE.but(name="65 tokens", lengths=(65, 1), padded=(), h=1, hv=2)):
         yield spec.name, partial(_surrounded, subject, spec)

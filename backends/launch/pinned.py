@@ -1,0 +1,105 @@
+"""The repeated call: addresses into a prepared block, the current stream, one driver call. Every line counts."""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from collections.abc import Callable
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from ...registry.backend import Pinned
+from . import forks
+from .compiler import Layout
+from .driver import Driver, Kernel
+from .frame import Frame
+
+__all__ = ["pinned"]
+
+_WORD = 8
+_address = torch.Tensor.data_ptr
+#: A frame, the kernel's handle, bytes of scratch memory for all blocks.
+_Form = tuple[Frame, Any, int]
+
+
+def pinned(
+    layout: Layout,
+    device: int | None,
+    driver: Driver,
+    kernel: Callable[[bool], Kernel],
+    failed: Callable[[str], Exception],
+    op: str,
+) -> Pinned:
+    """The runner of calls of one layout, all their tensors on one device.
+
+    Args:
+        layout: its grid has no 0.
+        kernel: the kernel for tensors that are aligned (True) or not, ready on ``device``; asked once for each.
+        failed: the error to raise, from words. op: whose call it is.
+    """
+    order = [index for index, _ in layout.places]
+    chosen = itemgetter(*order)
+    vectors = tuple(order.index(index) for index in layout.vectors) if layout.wide else ()
+    first, fill = layout.places[0][1], _fill(layout)
+    launch, stream, current, on = driver.library.cuLaunchKernelEx, driver.stream, driver.device, driver.on
+    scratch_at = -1 if layout.scratch is None else layout.scratch // _WORD
+    usual, blocks = layout.wide, math.prod(layout.grid)
+    process = forks.process
+    forms: list[_Form | None] = [None, None]
+
+    def made(aligned: bool) -> _Form:
+        loaded = kernel(aligned)
+        form = Frame(layout, loaded), loaded.handle, loaded.image.scratch * loaded.image.cluster * blocks
+        forms[aligned] = form
+        return form
+
+    def run(tensors: tuple[Any, ...]) -> None:
+        if process.forked:
+            raise forks.error(op)
+        addresses = [*map(_address, chosen(tensors))]
+        aligned = usual
+        if vectors:
+            bits = 0
+            for i in vectors:
+                bits |= addresses[i]
+            aligned = not bits & 15
+        frame, handle, scratch = forms[aligned] or made(aligned)
+        words, stream_at, config_at, extra_at = frame.state
+        fill(words, first, *addresses)
+        if scratch:
+            # Freed when this returns, for what this stream does next: after the kernel.
+            memory = torch.empty(scratch, dtype=torch.uint8, device=device)
+            words[scratch_at] = memory.data_ptr()
+        words[stream_at] = stream(device)
+        if device == current():
+            code = launch(config_at, handle, None, extra_at)
+        else:
+            with on(device):
+                code = launch(config_at, handle, None, extra_at)
+        if code:
+            raise failed(driver.words(code))
+
+    return run
+
+
+def _fill(layout: Layout) -> Callable[..., None]:
+    """Writes addresses into a frame's words: ``fill(words, first byte, *addresses)``.
+
+    One ``struct`` for all of them where nothing but zeros lies between, a loop where strides do.
+    """
+    at = [place for _, place in layout.places]
+    gaps = [b - a - _WORD for a, b in pairwise(at)]
+    between = [layout.block[a + _WORD : b] for a, b in pairwise(at)]
+    if all(gap >= 0 for gap in gaps) and not any(map(any, between)):
+        return struct.Struct("=q" + "".join(f"{gap}xq" for gap in gaps)).pack_into
+    places = [place // _WORD for place in at]
+
+    def fill(words: array[int], _first: int, *addresses: int) -> None:
+        for place, address in zip(places, addresses, strict=True):
+            words[place] = address
+
+    return fill

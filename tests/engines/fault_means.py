@@ -1,0 +1,100 @@
+"""Whether a planted fault shows, by each of the means of ``planted_faults``. Imported after an engine is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from isokern.registry.conformance.check import BackendRaised, Violation
+from isokern.registry.conformance.subject import Subject
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.checks.kwargs import fresh, with_slots
+from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial, bits
+from isokern.registry.ops.fused_sigmoid_gating.judge import judge
+from isokern.registry.ops.fused_sigmoid_gating.reference import reference
+from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
+
+#: The configs tried, in the backend's own order: what one tile hides another shows.
+CONFIGS = 6
+
+
+#: More tokens than a window holds, an empty sequence, one without a slot, K and V that fill no tile.
+BASE = CaseSpec("base", (11, 0, 3), h=1, hv=2, k=20, v=24, padded=(2,), state_layout="vk")
+CASES = {
+    "base": BASE,
+    "kv": BASE.but(state_layout="kv"),
+    "bfloat16 pool": BASE.but(state_dtype="bfloat16"),
+    "kda": BASE.but(is_kda=True),
+    "decode": BASE.but(lengths=(1, 0, 1)),
+    "tree": BASE.but(lengths=(6, 0, 3), verify="tree"),
+    "strided": BASE.but(strides="any"),
+    "far": BASE.but(lengths=(3, 0, 0), padded=(1, 2)),
+    "separate slots": BASE.but(update="separate"),
+}
+
+
+def subjects(backend, engine, spec):
+    """The backend under several of its configs."""
+    offered = backend.configs(Trial.of(spec).call.problem())
+    return [Subject(backend, config, engine=engine) for config in list(offered)[:CONFIGS]]
+
+
+def shown_by(means, subject, spec, truth):
+    """Whether one config shows the fault by these means. ``BackendRaised`` comes from the engine."""
+    if means == "far":
+        return beyond(subject, spec)
+    trial = Trial.of(spec)
+    if means == "watch":
+        try:
+            with subject.engine.watch_addresses(trial.call.tensors()):
+                trial.run(subject)
+        except (Violation, BackendRaised) as error:
+            return isinstance(error, Violation) or isinstance(error.__cause__, Violation)
+        return False
+    results = trial.run(subject)
+    if means == "values":
+        try:
+            trial.check_untouched()
+        except Violation:
+            return True
+        return not judge(trial.call, trial.out, truth).ok
+    if means == "error":
+        return False
+    for _, active in subject.engine.schedules():
+        with active():
+            other = Trial.of(spec).run(subject)
+        if not torch.equal(bits(other.o), bits(results.o)):
+            return True
+    return False
+
+
+def beyond(subject, spec):
+    """Whether slots 2**30 elements apart make a difference, or lead out of the pool: as offsets of 32 bits do."""
+    want = Trial.of(spec).run(subject)
+    kwargs = fresh(spec)
+    pool, slots = kwargs["initial_state_source"], kwargs["initial_state_indices"]
+    stride = 2**30 + 64
+    far = torch.empty(5 * 2**29, dtype=pool.dtype).as_strided((3, *pool.shape[1:]), (stride, *pool[0].stride()))
+    moved = [2, -1, -1]
+    far[2] = pool[int(slots[0])]
+    call = canonical_call(**{**with_slots(kwargs, moved), "initial_state_source": far})
+    call.out = torch.empty(call.v.shape, dtype=call.q.dtype)
+    try:
+        with subject.engine.watch_addresses(call.tensors()):
+            subject.run(call)
+    except (Violation, BackendRaised):
+        return True
+    return not torch.equal(bits(call.out.flatten(0, 1)), bits(want.o))
+
+
+def found(backend, engine, means, case):
+    spec = CASES[case]
+    truth = reference(Trial.of(spec).call)
+    for subject in subjects(backend, engine, spec):
+        try:
+            if shown_by(means, subject, spec, truth):
+                return True
+        except BackendRaised:
+            if means == "error":
+                return True
+            raise
+    return False

@@ -1,0 +1,153 @@
+"""The GPU backends as everybody meets them: registered, lazy, declining CPU tensors with a reason, at no cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from isokern import engines, registry
+from isokern.autotune.candidates import admit
+from isokern.backends import BUILTIN_BACKENDS
+from isokern.engines import ENGINES, MissingEngineError, engine_for
+from isokern.registry import FunctionBackend, RejectCode
+from isokern.registry.core import Registry
+from isokern.registry.doctor import examine
+from isokern.registry.explain import render
+from isokern.registry.ops.fused_sigmoid_gating.cases import BASE, CASES
+from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+from isokern.registry.plugins import load_attribute, missing_modules
+
+OP = "fused_sigmoid_gating"
+GPU = ("triton", "cupy", "numba_cuda")
+FRAMEWORKS = ("triton", "cupy", "numba", "llvmlite", "cuda")
+
+
+def on_gpu(spec):
+    return describe(spec, "cuda", 90)
+
+
+def test_they_are_registered_and_each_has_an_engine():
+    assert set(GPU) == set(ENGINES) < set(registry.backends(OP))
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_nothing_of_the_contract_is_declined_on_a_gpu(name):
+    backend = registry.backends(OP)[name]
+    for spec in CASES["extended"]:
+        assert backend.check(on_gpu(spec)), spec.name
+
+
+def test_on_a_gpu_they_come_before_all_others():
+    problem = on_gpu(BASE)
+    order = sorted(registry.backends(OP).values(), key=lambda b: -b.rank(problem))
+    assert {b.name for b in order[:3]} == set(GPU)
+
+
+def test_asking_them_imports_no_framework_and_touches_no_device():
+    code = f"""
+import sys, torch
+from isokern import registry
+from isokern.registry.ops.fused_sigmoid_gating.cases import BASE
+from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+before = set(sys.modules)
+for name in {GPU}:
+    backend = registry.backends({OP!r})[name]
+    for problem in (describe(BASE, "cpu"), describe(BASE, "cuda", 90)):
+        backend.check(problem) and backend.configs(problem)
+    registry.default.fingerprint({OP!r}, name)
+    registry.default.dispatcher({OP!r}).decide(describe(BASE, "cpu"), None)
+found = {{m.split(".")[0] for m in set(sys.modules) - before}} & set({FRAMEWORKS})
+assert not found, found
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class TestOnTheCpu:
+    problem = describe(BASE, "cpu")
+
+    @pytest.mark.parametrize("name", GPU)
+    def test_they_decline_by_device(self, name):
+        verdict = registry.backends(OP)[name].check(self.problem)
+        assert verdict.code is RejectCode.DEVICE
+        assert "cpu" in verdict.reason
+
+    def test_explain_says_why(self):
+        text = render(registry.default.dispatcher(OP).decide(self.problem, None))
+        for name in GPU:
+            (line,) = (line for line in text.splitlines() if line.split()[:1] == [name])
+            assert "rejected [device]" in line
+            assert "the tensors are on cpu" in line
+
+    def test_doctor_lists_them(self):
+        items = {item.name: item for item in examine(Registry(load_plugins=False)) if item.topic.startswith("backend")}
+        for name in GPU:
+            assert items[name].state == ("absent" if missing_modules(registry.backends(OP)[name]) else "ok")
+
+    def test_the_tuner_asks_them_nothing_but_their_predicate(self, monkeypatch):
+        mine = Registry(load_plugins=False)
+        for name in GPU:
+            monkeypatch.setattr(type(mine.backends(OP)[name]), "configs", None)
+            monkeypatch.setattr(type(mine.backends(OP)[name]), "bind", None)
+        admission = admit(mine, OP, self.problem)
+        assert not {c.backend for c in admission.candidates} & set(GPU)
+        assert {(r.backend, r.code) for r in admission.declined} >= {(name, "device") for name in GPU}
+
+
+@pytest.mark.parametrize("name", GPU)
+class TestWithoutTheFramework:
+    def test_the_verdict_is_that_it_is_missing(self, name, monkeypatch):
+        mine = Registry(load_plugins=False)
+        backend = mine.backends(OP)[name]
+        monkeypatch.setattr(type(backend), "requires", ("no_such_framework",))
+        verdict = mine.dispatcher(OP).decide(describe(BASE, "cpu"), None).outcome_of(name)
+        assert verdict.code is RejectCode.NOT_INSTALLED
+        assert "no_such_framework" in verdict.reason
+
+    def test_it_has_a_fingerprint_all_the_same(self, name, monkeypatch):
+        there = Registry(load_plugins=False).fingerprint(OP, name)
+
+        def version(distribution):
+            raise metadata.PackageNotFoundError(distribution)
+
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(metadata, "distributions", list)
+        assert Registry(load_plugins=False).fingerprint(OP, name) != there
+
+
+class TestEngines:
+    @pytest.mark.parametrize("name", GPU)
+    def test_an_engine_names_the_backend_that_is_registered(self, name):
+        info = engine_for(registry.backends(OP)[name])
+        assert info is engine_for(name) is ENGINES[name]
+        assert info.implementation in BUILTIN_BACKENDS[OP]
+
+    def test_others_have_none(self):
+        assert engine_for("torch_reference") is None
+        assert engine_for(FunctionBackend(print, OP, "cupy")) is None, "the name alone makes no engine fit"
+
+    @pytest.mark.parametrize("name", GPU)
+    def test_their_loaders_are_there(self, name):
+        assert callable(load_attribute(ENGINES[name].loader))
+
+    @pytest.mark.parametrize(
+        ("name", "missing", "advice"),
+        [
+            ("cupy", "g++", "package manager"),
+            ("triton", "triton", "pip install 'isokern[engines]'"),
+            ("numba_cuda", "greenlet", "pip install 'isokern[engines]'"),
+        ],
+    )
+    def test_what_is_missing_is_named_with_how_to_install_it(self, name, missing, advice, monkeypatch):
+        monkeypatch.setattr(engines.shutil, "which", lambda program: None)
+        found = engines.importlib.util.find_spec
+        monkeypatch.setattr(engines.importlib.util, "find_spec", lambda m: None if m == missing else found(m))
+        assert ENGINES[name].missing() == (missing,)
+        with pytest.raises(MissingEngineError) as raised:
+            ENGINES[name].require()
+        assert missing in str(raised.value)
+        assert advice in str(raised.value)

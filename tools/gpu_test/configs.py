@@ -1,0 +1,43 @@
+"""Stage ``configs``: every config of a case within the error bound, with equal bits where the backend promises it."""
+
+from __future__ import annotations
+
+from ...registry.backend import Backend, Config
+from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
+from .calls import Written, bind, call_of, exact, same_bits, wait, written, wrong
+from .task import Result
+
+__all__ = ["EQUAL_BITS", "compile_config", "examine_configs"]
+
+#: Backends whose config space says that no choice changes a bit of the result. Others have to be within the bound.
+EQUAL_BITS = frozenset({"cupy", "numba_cuda", "triton"})
+
+
+def compile_config(backend: Backend, spec: CaseSpec, config: Config) -> Result:
+    """Run once, so that the machine code lies on the disk for every other process."""
+    call = call_of(spec)
+    bind(backend, call, config)(call)
+    wait(call)
+    return Result.of([])
+
+
+def examine_configs(backend: Backend, spec: CaseSpec) -> Result:
+    """Judge the default, and every other config unless its bits are those of one already judged."""
+    ref, promised = exact(spec), backend.name in EQUAL_BITS
+    good: list[Written] = []
+    faults: list[str] = []
+    configs = backend.configs(call_of(spec).problem())
+    for config in configs:
+        call = call_of(spec)
+        bind(backend, call, config)(call)
+        wait(call)
+        bits = written(call)
+        if any(same_bits(bits, known) for known in good):
+            continue
+        if good and promised:
+            faults.append(f"[{config.label}]: other bits than [{configs[0].label}]")
+        found = wrong(call, ref)
+        faults += [f"[{config.label}]: {fault}" for fault in found]
+        if not found:
+            good.append(bits)
+    return Result.of(faults, f"{len(configs)} configs")

@@ -143,6 +143,14 @@ def test_cells_that_share_kernels_compile_them_once():
     assert {task.what[1] for task in tasks} == wanted
 
 
+def test_a_short_bench_takes_the_first_configs_of_each_backend():
+    one, cell = backend("numba_cuda"), cells.CELLS[0]
+    offered = one.configs(cell.problem(90))
+    compiled = plan.compile_for_cells([cell], [one], 90, 2)
+    assert [task.what[1] for task in compiled] == list(offered[:2])
+    assert [task.what[-1] for task in plan.bench_tasks([cell], [one], None, 2)] == [2]
+
+
 def test_sglang_is_timed_only_in_its_own_layout():
     for task in plan.bench_tasks(cells.CELLS, [backend("torch_vectorized")], Path("there")):
         assert ("sgl_triton" in task.implementations) == (task.what[0].layout == "vk")
@@ -157,6 +165,9 @@ def perform(task):
     match task.what:
         case "raise": raise RuntimeError("no such luck")
         case "die": os._exit(7)
+        case "threads":
+            import torch
+            return Result(Outcome.PASS, note=f"{torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']}")
         case "hang": time.sleep(600)
         case "fault": return Result.of(["wrong"], str(os.getpid()))
     return Result(Outcome.PASS, note=str(os.getpid()))
@@ -168,6 +179,11 @@ def perform(tmp_path, monkeypatch):
     (tmp_path / "stand_in_for_perform.py").write_text(PERFORM)
     monkeypatch.syspath_prepend(tmp_path)
     return "stand_in_for_perform:perform"
+
+
+def test_a_process_computes_with_one_thread_as_there_are_as_many_as_cores(perform):
+    [(_, result)] = work_off([Task("suite", "a", "threads", "threads")], 1, Budget(None), perform)
+    assert result.note == "1 1"
 
 
 def test_a_process_that_failed_is_replaced_and_the_others_tasks_go_on(perform):

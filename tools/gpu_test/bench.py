@@ -57,13 +57,16 @@ def _arch() -> int:
     return 10 * major + minor
 
 
-def bench_cell(cell: Cell, backends: Sequence[Backend], peer: Path | None) -> Result:
-    """One row per backend, and one of SGLang's kernel if ``peer`` names its folder and the layout is its own."""
+def bench_cell(cell: Cell, backends: Sequence[Backend], peer: Path | None, first: int | None = None) -> Result:
+    """One row per backend, and one of SGLang's kernel if ``peer`` names its folder and the layout is its own.
+
+    ``first``: only so many configs of each backend, in its own order of preference; None: all.
+    """
     calls = make_calls(cell)
     truth = Truth(calls[0], cell.length)
     floor = cell.least_bytes / copy_bandwidth()
     launches = launches_for(floor, SETS)
-    entries = [_timed(backend, cell, calls, truth, launches) for backend in backends]
+    entries = [_timed(backend, first, calls, truth, launches) for backend in backends]
     finalists: dict[str, Launch] = {e.backend.name: e.runs[e.best] for e in entries if e.times}
     faults: tuple[str, ...] = ()
     error: float | None = None
@@ -87,10 +90,10 @@ def bench_cell(cell: Cell, backends: Sequence[Backend], peer: Path | None) -> Re
     return Result(Outcome.FAIL if faults else Outcome.PASS, faults, rows=tuple(rows), facts=facts)
 
 
-def _timed(backend: Backend, cell: Cell, calls: list[Call], truth: Truth, launches: int) -> _Entry:
+def _timed(backend: Backend, first: int | None, calls: list[Call], truth: Truth, launches: int) -> _Entry:
     """Every config: judged, timed briefly if it is right; the best few and the default timed properly."""
     problem = calls[0].problem("graph")
-    configs = backend.configs(problem)
+    configs = backend.configs(problem)[:first]
     entry = _Entry(backend, {}, {}, [], {}, configs[0].label)
     truth.forget()
     for config in configs:

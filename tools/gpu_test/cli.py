@@ -46,6 +46,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Results file to merge into; what passed is not run again.")] = None,
     cells: Annotated[str | None, typer.Option(help="bench: regular expression on the cells' names.")] = None,
     quick: Annotated[bool, typer.Option(help="bench: only HV=32, float32 states, layout vk.")] = False,
+    first: Annotated[
+        int | None, typer.Option(min=1, help="bench: only so many configs of each backend, in its own order.")
+    ] = None,
     sglang: Annotated[Path | None, typer.Option(help="bench: folder that holds the package sglang.")] = None,
     commit: Annotated[str | None, typer.Option(help="The sources' name in the report; default: what git says.")] = None,
 ) -> None:
@@ -73,7 +76,7 @@ def run(
     say(f"{machine.gpu}, compute capability {machine.arch / 10}, CUDA {machine.cuda}")
     if stale := report.resume():
         say(f"{stale} rows of {out} do not describe today's sources: dropped")
-    plan = make_plan(stages or list(STAGES), chosen_backends(backend, machine), machine, wanted, sglang, report)
+    plan = make_plan(stages or list(STAGES), chosen_backends(backend, machine), machine, wanted, sglang, report, first)
     status = conduct(plan, jobs, Budget(budget), report, work_off, say)
     for table in summary(report):
         console.print(table)
@@ -126,15 +129,16 @@ def make_plan(
     cells: tuple[Cell, ...],
     sglang: Path | None,
     report: Report,
+    first: int | None = None,
 ) -> Plan:
     """The tasks of the stages; compiling ahead only for what the report does not show as passed."""
     shared = check_tasks(stages, backends, check_ids(registered_op(OP)))
     left = {(task.stage, task.subject) for task in shared if not report.passed(task)}
     compile_first = [b for b in backends if ("configs", b.name) in left]
     shared = [*compile_for_configs(compile_first, machine.arch), *shared]
-    alone = bench_tasks(cells, backends, sglang) if "bench" in stages else []
+    alone = bench_tasks(cells, backends, sglang, first) if "bench" in stages else []
     missing = {task.case for task in alone if not report.passed(task)}
-    shared += compile_for_cells([cell for cell in cells if cell.case in missing], backends, machine.arch)
+    shared += compile_for_cells([cell for cell in cells if cell.case in missing], backends, machine.arch, first)
     return Plan(shared, alone)
 
 

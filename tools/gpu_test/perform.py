@@ -45,10 +45,10 @@ def perform(task: Task) -> Result:
             from .sanitizer import sanitize
 
             return sanitize(run, task.subject)
-        case "bench", (Cell() as cell, names, peer):
+        case "bench", (Cell() as cell, names, peer, first):
             from .bench import bench_cell
 
             folder = None if peer is None else Path(peer)
-            return bench_cell(cell, [registered(OP)[name] for name in names], folder)
+            return bench_cell(cell, [registered(OP)[name] for name in names], folder, first)
         case _:
             raise ValueError(f"no such task: {task}")

@@ -65,13 +65,15 @@ def _on_device(case: CaseSpec) -> CaseSpec:
     return case.but(as_layout=False)
 
 
-def compile_for_cells(cells: Sequence[Cell], backends: Sequence[Backend], arch: int) -> list[Task]:
-    """Every config of every kind of cell, once."""
+def compile_for_cells(
+    cells: Sequence[Cell], backends: Sequence[Backend], arch: int, first: int | None = None
+) -> list[Task]:
+    """Every config, or the ``first`` ones, of every kind of cell, once."""
     tasks: dict[tuple[object, ...], Task] = {}
     for cell in cells:
         problem = cell.problem(arch)
         for backend in backends:
-            for config in backend.configs(problem):
+            for config in backend.configs(problem)[:first]:
                 key = (cell.kind, backend.name, config)
                 tasks.setdefault(key, _compile(backend, cell.case, (cell, config), config))
     return list(tasks.values())
@@ -81,12 +83,14 @@ def _compile(backend: Backend, case: str, what: tuple[object, Config], config: C
     return Task("compile", backend.name, f"{case} [{config.label}]", what)
 
 
-def bench_tasks(cells: Sequence[Cell], backends: Sequence[Backend], sglang: Path | None) -> list[Task]:
+def bench_tasks(
+    cells: Sequence[Cell], backends: Sequence[Backend], sglang: Path | None, first: int | None = None
+) -> list[Task]:
     """A task per cell: all backends and SGLang's kernel (layout vk), side by side."""
     names = tuple(backend.name for backend in backends)
     tasks = []
     for cell in cells:
         peers = (SGLANG,) if sglang is not None and cell.layout == "vk" else ()
-        what = (cell, names, None if sglang is None else str(sglang))
+        what = (cell, names, None if sglang is None else str(sglang), first)
         tasks.append(Task("bench", "all", cell.case, what, _CELL_LIMIT, (*names, *peers)))
     return tasks

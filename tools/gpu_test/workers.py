@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
 from .task import Budget, Outcome, Result, Task
 
 __all__ = ["work_off"]
@@ -35,6 +37,10 @@ _QUOTED = 1500
 def _serve(connection: Connection, perform: str) -> None:
     """A worker: tasks in, results out, until there are no more. A task that raises is its last one."""
     os.setsid()  # so that what it starts (assemblers, sanitizers) can be ended with it
+    os.environ["OMP_NUM_THREADS"] = "1"  # for those; here torch is there already
+    torch.set_num_threads(
+        1
+    )  # the processes are as many as the cores: references that share them take ten times as long
     module, _, name = perform.partition(":")
     run: Callable[[Task], Result] = getattr(importlib.import_module(module), name)
     while (task := connection.recv()) is not None:

@@ -164,7 +164,7 @@ class _Coordinator:
         everyone = range(len(self.launcher.names))
         for member in everyone:
             self.launcher.submit(member, "hello")
-        environments = {}
+        environments: dict[int, Environment] = {}
         while len(environments) + len(self.gone) < len(everyone):
             member, answer = self.launcher.wait()
             if "fault" in answer:

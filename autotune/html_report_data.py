@@ -89,8 +89,8 @@ class Tuned:
     Attributes:
         anchor: name of its place in the page. n, tokens, longest: buckets, upper bounds. activity: ``""``, or what is
             done with the states in verification. default: the label of the heuristic default, "" if unknown.
-        over_runner_up, over_default: margins, as fractions of the other's time. regret: by how much of its own time
-            the fastest correct candidate is faster by median; 0 where the choice is the fastest.
+        over_runner_up, over_default: margins, as fractions of the other's time. regret: how much slower the
+            choice is than the fastest candidate that stayed in the race to its end, by median.
     """
 
     anchor: str
@@ -313,9 +313,12 @@ def _order(line: CandidateLine) -> tuple[int, float, str]:
 
 
 def _regret(entry: Entry) -> float:
-    """What the choice costs against the fastest candidate that raced with it."""
+    """What the choice costs against the fastest candidate that stayed in the race to its end.
+
+    One that was eliminated was proven slower in paired blocks; its median, of fewer and other blocks, does not compare.
+    """
     mine = entry.chosen.median_us
-    raced = [c.median_us for c in entry.candidates if c.samples_us and c.median_us and c.code in (None, SLOW)]
+    raced = [c.median_us for c in entry.candidates if c.samples_us and c.median_us and c.status == "ok"]
     return max(0.0, mine / min(raced) - 1.0) if mine and raced else 0.0
 
 

@@ -27,7 +27,7 @@ _SERIES = 8
 _MARKERS = "os^DvPX*"
 _CLASSES = ("decode", "uniform", "mild", "heavy", "unknown")
 
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -71,7 +71,8 @@ def times_plot(problems: Sequence[Tuned], colours: Mapping[str, int], bound: str
     from matplotlib.figure import Figure
 
     classes = [c for c in _CLASSES if any(p.length_class == c for p in problems)]
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": bound}):
+    style: Any = _STYLE | {"svg.hashsalt": bound}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(max(4.2, 3.0 * len(classes)), 3.0), layout="constrained")
         panels = figure.subplots(1, len(classes), sharey=True, squeeze=False)[0]
         drawn: dict[str, Any] = {}
@@ -134,7 +135,8 @@ def margins_plot(problems: Sequence[Tuned], bar: float, bound: str) -> str:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     rows = sorted({(p.mode, _CLASSES.index(p.length_class), p.length_class) for p in problems}, reverse=True)
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": bound}):
+    style: Any = _STYLE | {"svg.hashsalt": bound}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(7.2, 1.3 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for y, (mode, _, name) in enumerate(rows):
@@ -155,7 +157,7 @@ def margins_plot(problems: Sequence[Tuned], bar: float, bound: str) -> str:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("time of the other over the winner's")
         key = [("the heuristic default", _series(0), _series(0)), ("the runner-up", _GROUND, _series(0))]
-        handles = [axes.scatter([], [], s=24, facecolors=f, edgecolors=e, label=text) for text, f, e in key]
+        handles: list[Any] = [axes.scatter([], [], s=24, facecolors=f, edgecolors=e, label=text) for text, f, e in key]
         handles.append(
             axes.plot([], [], color=_series(1), linestyle="--", label=f"bar to replace: {100 * bar:.0f} %")[0]
         )

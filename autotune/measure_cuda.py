@@ -172,7 +172,8 @@ class CudaBench:
     def _run_of(self, runner: Runner, call: Any) -> Callable[[], Any]:
         """One eager call as the op makes it the second time: pinned where the runner can be."""
         allocate = self.spec.allocate
-        pinned = runner.pin(call) if isinstance(runner, Pinnable) else None
+        candidate: object = runner  # any callable may be pinnable as well
+        pinned = candidate.pin(call) if isinstance(candidate, Pinnable) else None
         if pinned is None:
 
             def unpinned() -> None:

@@ -21,7 +21,7 @@ def from_plain(kind: type[T], record: Mapping[str, Any]) -> T:
     unknown = record.keys() - {f.name for f in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
     if unknown:
         raise TypeError(f"{kind.__name__} has no fields {', '.join(sorted(unknown))}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in record.items():
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):

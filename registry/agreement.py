@@ -83,12 +83,9 @@ class RankState:
         return cls(**{**record, "standing": Standing(record["standing"])})
 
     def same_as(self, other: RankState) -> bool:
-        """Whether the two would choose alike, as far as plans and stores go."""
-        mine, theirs = (
-            (rank.standing, rank.choices, rank.environment)  # another GPU's plan has another environment
-            for rank in (self, other)
-        )
-        return mine == theirs and self.standing is not Standing.FAILED
+        """Whether the two say the same of their plans and stores; their environments are part of that."""
+        mine, theirs = ((rank.standing, rank.choices, rank.environment) for rank in (self, other))
+        return mine == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +129,9 @@ def agree(registry: Registry, process_group: Any = None, device: str | None = No
     from ..cache.sealed import SealedStore
 
     store, pinned = registry.store, registry.plan
-    if isinstance(store, SealedStore):
-        store, pinned = store.store, store.plan
+    sealed = store if isinstance(store, SealedStore) else None
+    if sealed is not None:
+        store, pinned = sealed.store, sealed.plan
     plan: Plan | None = None
     try:
         store.refresh()

@@ -298,6 +298,14 @@ class TestLengths:
             op(**{**kwargs, "cu_seqlens": SequenceLayout.from_lengths(lengths)})
         assert op.stats()["misses"] == 1
 
+    @pytest.mark.parametrize("as_layout", [True, False])
+    def test_lengths_of_another_bucket_are_decided_anew(self, op, as_layout):
+        kwargs = make_inputs(BASE).kwargs
+        for lengths in ((3, 0, 4), (7, 0, 0), (3, 0, 4)):
+            layout = SequenceLayout.from_lengths(lengths)
+            op(**{**kwargs, "cu_seqlens": layout if as_layout else layout.cu_seqlens})
+        assert (op.stats()["bound"], op.stats()["misses"]) == (2, 2)
+
     def test_a_layout_and_its_tensor_are_not_taken_for_one_another(self, op, spy):
         for as_layout in (True, False, True, False):
             check(op, spy, make_inputs(BASE.but(as_layout=as_layout)).kwargs)
@@ -317,6 +325,12 @@ class TestSlots:
         slots = kwargs["initial_state_indices"]
         for write in (None, slots.clone(), slots, None, slots, slots.clone()):
             check(op, spy, {**kwargs, "output_state_indices": write})
+
+    def test_what_cannot_be_recognised_again_is_not_kept(self, op):
+        kwargs = make_inputs(BASE).kwargs
+        for _ in range(3):
+            op(**{**kwargs, "output_state_indices": kwargs["initial_state_indices"]})
+        assert op.stats()["entries"] == 0
 
     def test_one_tensor_in_two_roles_is_remembered_too(self, op, spy):
         kwargs = make_inputs(BASE.but(verify="chain")).kwargs
@@ -348,6 +362,14 @@ class TestModes:
             op(**kwargs)
         assert op.stats()["misses"] == 1
 
+    def test_a_subclass_of_tensor_changes_no_result_s_type(self, op):
+        class Marked(torch.Tensor):
+            pass
+
+        kwargs = make_inputs(BASE).kwargs
+        kwargs["v"] = kwargs["v"].as_subclass(Marked)
+        assert [type(op(**kwargs)) for _ in range(2)] == [torch.Tensor] * 2
+
     def test_inference_mode_is_another_kind_of_call(self, op, spy):
         kwargs = make_inputs(BASE).kwargs
         for _ in range(2):
@@ -366,15 +388,19 @@ class TestOverrides:
     def test_argument_and_context(self, two):
         first, second, op = two
         kwargs = make_inputs(BASE).kwargs
-        expected = []
+
+        def ran(**choice):
+            before = len(first.seen), len(second.seen)
+            op(**kwargs, **choice)
+            return "spy" if len(first.seen) > before[0] else "second"
+
         for _ in range(3):
-            op(**kwargs)
+            assert ran() == "spy"
             with use(SPEC.name, "second"):
-                op(**kwargs)
-                op(**kwargs, backend="spy")
-            op(**kwargs, backend="second")
-            expected.append((2, 2))
-        assert (len(first.seen), len(second.seen)) == tuple(map(sum, zip(*expected, strict=True)))
+                assert ran() == "second"
+                assert ran(backend="spy") == "spy"
+            assert ran(backend="second") == "second"
+            assert ran(backend="".join(["sp", "y"])) == "spy"
 
     def test_environment_is_read_again_on_refresh(self, two, monkeypatch):
         first, second, op = two

@@ -121,9 +121,10 @@ def test_problems_on_a_diagonal_are_a_line_and_others_a_grid(store):
 def test_regret_is_against_what_raced_and_is_right():
     problem = key()
     wrong_but_fast = candidate("cheat", None, "wrong", "no work done")
-    faster = candidate("rival", 8.0, "slow", "eliminated")
+    faster = candidate("rival", 8.0)
+    eliminated = candidate("proven_slower", 4.0, "slow", "eliminated: 20 % slower in 10 blocks, of calmer times")
     untimed = CandidateRecord("guess", {}, "rejected", "slow", "not gated", 1.0, (), "f")
-    made = entry(problem, [candidate("kept", 10.0), faster, wrong_but_fast, untimed])
+    made = entry(problem, [candidate("kept", 10.0), faster, eliminated, wrong_but_fast, untimed])
     store = Store([])
     with pytest.warns(UserWarning, match="no writable layer"):
         store.put(made, H100)

@@ -21,8 +21,8 @@ __all__ = ["configs"]
 
 #: Static shared memory every block may have.
 _SHARED = 48 << 10
-#: State values per thread beyond which the registers do not suffice.
-_VALUES = 128
+#: State values per thread beyond which the registers do not suffice, without and with states stored at every step.
+_VALUES = {"none": 128, "chain": 64, "tree": 64}
 #: Streaming multiprocessors of the chips aimed at, near enough: H100 has 132, B200 148, A100 108.
 _SMS = 132
 #: Below this many rows of V in flight (all sequences and heads) a decode step is bound by latency, not bandwidth.
@@ -151,7 +151,7 @@ _SEQUENCES = (
     _staged(8, 4, 4, 1, 0, 4),
     _staged(8, 4, 4, 2, 0, 3),
     _staged(4, 4, 4, 1),
-    _staged(4, 4, 2, 2),
+    _staged(4, 4, 2, 1),
     _staged(4, 2, 4, 2),
     _staged(16, 8, 4, 1),
 )
@@ -207,7 +207,8 @@ def _fitting(problem: Problem) -> Iterator[_Choice]:
             shared = stage_bytes(problem.k, choice.config(), problem.is_kda, vector)
         else:
             shared = landing_bytes(problem.k, choice.config(), vector) if choice.landing else 0
-        return values <= _VALUES and shared <= _SHARED and useful and (choice.staged or not problem.is_kda)
+        fitting = values <= _VALUES[problem.intermediates]
+        return fitting and shared <= _SHARED and useful and (choice.staged or not problem.is_kda)
 
     yield next(choice for choice in _shrunk(_default(problem)) if fits(choice))
     for offered in _offered(problem):

@@ -233,8 +233,8 @@ def decode_kernel(variant: Variant, target: Target) -> Function:
             A_log_value = decode_A_log(raw_A_log)
             growth = float32(growth_of(A_log_value))
             x = decode_a(raw_a) + decode_bias(raw_bias)
-            decay = decay_of(x, A_log_value, growth, softplus_beta, softplus_threshold, lower_bound)
-            beta = beta_of(decode_b(raw_b))
+            decay: Any = float32(decay_of(x, A_log_value, growth, softplus_beta, softplus_threshold, lower_bound))
+            beta: Any = float32(beta_of(decode_b(raw_b)))
 
             sums(state, key, chunk_sums, predictions)
             reduce_first(predictions, received)

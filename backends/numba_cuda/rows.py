@@ -30,13 +30,18 @@ def fetch_row(variant: Variant, target: Target, dtype: str, count: int, step: in
     key_dim, chunk, words = variant.k, CHUNK, quad_words(dtype)
     load = target.load_raw_quad(dtype)
     all_k = variant.k == CHUNK * count * step
+    possible = misaligned(variant, dtype) >= 0
 
     @target.device
     def fetch(address: Any, inner: Any, aligned: Any, first: Any, raw: Any, at: Any) -> Any:
-        for p in range(count):
-            k = chunk * (first + step * p)
-            inside = all_k or k < key_dim
-            load(address + k * inner, inner, key_dim - k, aligned and inside, raw, at + words * p)
+        if possible and aligned:
+            for p in range(count):
+                k = chunk * (first + step * p)
+                load(address + k * inner, inner, key_dim - k, all_k or k < key_dim, raw, at + words * p)
+        else:
+            for p in range(count):
+                k = chunk * (first + step * p)
+                load(address + k * inner, inner, key_dim - k, False, raw, at + words * p)
 
     return fetch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,8 +38,7 @@ def load_state(variant: Variant, target: Target, dtype: str, streaming: bool = F
     def load_one(address: Any, state: Any, at: Any, step: Any) -> Any:
         state[at] = load(address)
 
-    vector = partial(target.load_vector, dtype, streaming=streaming)
-    move = _mover(variant, target, dtype, vector, load_one)
+    move = _mover(variant, target, dtype, lambda n: target.load_vector(dtype, n, streaming), load_one)
     if variant.k % (CHUNK * variant.lanes) == 0 and variant.v % variant.tile == 0:
         return move
     clear = clear_state(variant, target)
@@ -61,7 +59,7 @@ def store_state(variant: Variant, target: Target, dtype: str, streaming: bool = 
     def store_one(address: Any, state: Any, at: Any, step: Any) -> Any:
         store(address, state[at])
 
-    return _mover(variant, target, dtype, partial(target.store_vector, dtype, streaming=streaming), store_one)
+    return _mover(variant, target, dtype, lambda n: target.store_vector(dtype, n, streaming), store_one)
 
 
 def _mover(

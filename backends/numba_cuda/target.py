@@ -82,10 +82,10 @@ def _shuffles(n: int) -> Function:
 
 
 def _routine(function: Function) -> Function:
-    """A function without result, compiled once per closure and types, and inlined by NVVM.
+    """A function without result, compiled once per closure and argument types, and inlined by NVVM.
 
-    Numba would inline it before typing, which costs more time than all the rest of compiling a kernel, each time anew;
-    and its own calls of device functions ask for the GPU, which need not be there.
+    Numba's own ``inline="always"`` copies and analyses it before typing, anew in every kernel, which costs more time
+    than all the rest; and Numba's calls of other device functions ask for the GPU, which need not be there.
     """
     from numba import types
     from numba.cuda.core.targetconfig import ConfigStack
@@ -100,10 +100,11 @@ def _routine(function: Function) -> Function:
 
         return types.void(*given), codegen
 
+    # Numba reads the number of arguments off the signature.
     mine, theirs = inspect.signature(call), inspect.signature(function)
-    call.__signature__ = mine.replace(parameters=[mine.parameters["typingctx"], *theirs.parameters.values()])
-    call.__name__ = function.__name__
-    return intrinsic(call)
+    named = [mine.parameters["typingctx"], *theirs.parameters.values()]
+    vars(call)["__signature__"] = mine.replace(parameters=named)
+    return intrinsic(call)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1)

@@ -80,7 +80,7 @@ def test_no_config_changes_a_bit(engine, spec):
     assert {c["lanes"] for c in offered} >= {4, 8}
     assert {c["columns"] for c in offered} >= {1, 2, 4}
     assert {c["stagers"] for c in offered} == {0, 4}
-    for config in offered[::7]:
+    for config in offered[::19]:
         assert equal(left(run(engine, spec, config)[0]), want), config.label
 
 
@@ -92,7 +92,7 @@ def test_a_token_alone_has_the_bits_of_a_token_among_others(engine, state_layout
     staged = every_config(describe(spec, "cuda", 90))[0]
     assert staged["window"] > 0
     want = left(run(engine, spec, staged)[0])
-    for config in every_config(describe(spec.but(lengths=(1,)), "cuda", 90))[::11]:
+    for config in every_config(describe(spec.but(lengths=(1,)), "cuda", 90))[::29]:
         assert config["window"] == 0
         assert equal(left(run(engine, spec, config)[0]), want), config.label
 

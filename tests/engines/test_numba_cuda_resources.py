@@ -66,3 +66,13 @@ def test_states_move_in_vectors_and_sums_do_not_depend_on_fusing():
     assert "__local_depot" not in ptx
     assert variant.shared_bytes <= 48 * 1024
     assert len(ARCHITECTURES) == 3
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("decode, bfloat16 kv", "bf16"), ("prompts, K=96 V=192", "f16")])
+def test_stores_round_to_nearest_even(name, dtype):
+    """The engine on a CPU stores by itself; what the GPU's stores do is read off the code."""
+    problem = problem_of(name, 90)
+    ptx = compiling._ptx(Variant.of(problem, default_for(problem), wide=True))
+    narrowing = set(re.findall(rf"cvt\.\w+\.{dtype}(?:x2)?\.f32", ptx))
+    assert narrowing
+    assert all(conversion.startswith("cvt.rn.") for conversion in narrowing)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,11 +43,14 @@ def serving(op: Any) -> Iterator[None]:
 
 def _op() -> Any:
     op = _serving.get()
-    if op is None:
-        from ... import get
+    return _process_wide() if op is None else op
 
-        op = get(_NAME)
-    return op
+
+@cache
+def _process_wide() -> Any:
+    from ... import get
+
+    return get(_NAME)
 
 
 def is_traced(values: Iterable[object]) -> bool:
@@ -137,9 +141,19 @@ def _pool(args: tuple[Any, ...]) -> torch.Tensor | None:
 
 
 def _refuse_grad(args: tuple[Any, ...]) -> None:
-    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
-        names = ("A_log", "a", "dt_bias", "", "", "q", "k", "v", "b", "initial_state_source")
-        name = next(n for n, t in zip(names, args, strict=False) if isinstance(t, torch.Tensor) and t.requires_grad)
+    if not torch.is_grad_enabled():
+        return
+    A_log, a, dt_bias, _, _, q, k, v, b = args[:9]
+    pool = args[9] if len(args) > 9 else None
+    if not (
+        A_log.requires_grad or a.requires_grad or dt_bias.requires_grad or q.requires_grad or k.requires_grad
+        or v.requires_grad or b.requires_grad or (pool is not None and pool.requires_grad)
+    ):  # fmt: skip
+        return
+    names = ("A_log", "a", "dt_bias", "", "", "q", "k", "v", "b", "initial_state_source")
+    for name, tensor in zip(names, args, strict=False):
+        if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
+            continue
         raise ArgumentValueError(
             name,
             "a tensor that does not require grad where the call writes to its arguments and is traced",

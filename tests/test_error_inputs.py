@@ -45,7 +45,11 @@ def test_every_argument_has_a_refused_call():
     assert {case.argument for case in ERROR_INPUTS} == arguments
 
 
-@pytest.mark.parametrize("base", {case.base for case in ERROR_INPUTS if case.base.hv % case.base.h == 0}, ids=str)
+@pytest.mark.parametrize(
+    "base",
+    dict.fromkeys(case.base for case in ERROR_INPUTS if case.base.hv % case.base.h == 0),
+    ids=lambda spec: spec.name,
+)
 def test_the_unchanged_call_is_accepted(base):
     if base.n:
         _call(make_inputs(base).kwargs)

@@ -11,7 +11,8 @@ from ....errors import ArgumentValueError, BackendFailedError, IsokernError
 from ...backend import Config
 from ...decision import Decision
 from ...dispatch import Dispatcher
-from .entries import Entries, Entry
+from .entries import Entries
+from .entry import Entry
 from .problem import Problem
 from .torch_op import is_traced, traced
 from .validate import canonical_call

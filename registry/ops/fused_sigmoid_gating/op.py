@@ -8,7 +8,7 @@ from ....errors import ArgumentTypeError
 from ...decision import Decision
 from ...dispatch import Dispatcher
 from ...explain import render
-from .entries import pin
+from .entry import pin
 from .hot import HotPath
 from .problem import Problem
 from .validate import canonical_call

@@ -28,6 +28,12 @@ _NAME = "fused_sigmoid_gating"
 #: Names of the operators under ``torch.ops.isokern`` that users' graphs contain.
 OPERATORS = ("fused_sigmoid_gating", "fused_sigmoid_gating.out", "fused_sigmoid_gating_read_only")
 
+#: The arguments that gradients flow to, with their places.
+_LEAVES = (
+    *(("A_log", 0), ("a", 1), ("dt_bias", 2), ("q", 5), ("k", 6), ("v", 7), ("b", 8)),
+    ("initial_state_source", 9),
+)
+
 _serving: ContextVar[Any] = ContextVar("isokern_fused_sigmoid_gating_serving", default=None)
 
 
@@ -143,30 +149,21 @@ def _pool(args: tuple[Any, ...]) -> torch.Tensor | None:
 def _refuse_grad(args: tuple[Any, ...]) -> None:
     if not torch.is_grad_enabled():
         return
-    A_log, a, dt_bias, _, _, q, k, v, b = args[:9]
-    pool = args[9] if len(args) > 9 else None
-    if not (
-        A_log.requires_grad or a.requires_grad or dt_bias.requires_grad or q.requires_grad or k.requires_grad
-        or v.requires_grad or b.requires_grad or (pool is not None and pool.requires_grad)
-    ):  # fmt: skip
-        return
-    names = ("A_log", "a", "dt_bias", "", "", "q", "k", "v", "b", "initial_state_source")
-    for name, tensor in zip(names, args, strict=False):
-        if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
-            continue
-        raise ArgumentValueError(
-            name,
-            "a tensor that does not require grad where the call writes to its arguments and is traced",
-            "requires_grad=True",
-            "use torch.no_grad(), or disable_state_update=True without buffers and out=, or call the op eagerly",
-        )
+    for name, place in _LEAVES:
+        if place < len(args) and args[place] is not None and args[place].requires_grad:
+            raise ArgumentValueError(
+                name,
+                "a tensor that does not require grad where the call writes to its arguments and is traced",
+                "requires_grad=True",
+                "use torch.no_grad(), or disable_state_update=True without buffers and out=, or call the op eagerly",
+            )
 
 
 def _backward(grad: torch.Tensor, pool_grad: bool, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
     """Gradients of A_log, a, dt_bias, q, k, v, b and the pool (empty unless asked for), by running the call again on a
     differentiable backend.
     """
-    places = [i for i, x in enumerate(args[:10]) if isinstance(x, torch.Tensor) and (i != 9 or pool_grad)]
+    places = [place for _, place in _LEAVES[: None if pool_grad else -1]]
     # The dispatcher has switched autograd off for what runs inside an operator's kernel.
     with _autograd_on(), torch.enable_grad():
         again = list(args)
@@ -211,7 +208,7 @@ def _fake_out(*args: Any, **kwargs: Any) -> None:
 
 
 def _fake_backward(grad: torch.Tensor, pool_grad: bool, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-    tensors = [args[i] for i in (0, 1, 2, 5, 6, 7, 8)] + ([args[9]] if pool_grad else [])
+    tensors = [args[place] for _, place in _LEAVES[: None if pool_grad else -1]]
     made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
     return made if pool_grad else [*made, grad.new_empty(0)]
 
@@ -242,7 +239,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     pool_grad = len(inputs) > 9 and ctx.needs_input_grad[9]
     found = torch.ops.isokern.fused_sigmoid_gating_backward(grad, pool_grad, *inputs, **ctx.options)
     grads: list[torch.Tensor | None] = [None] * len(inputs)
-    for i, g in zip((0, 1, 2, 5, 6, 7, 8, 9), found, strict=True):
+    for (_, i), g in zip(_LEAVES, found, strict=True):
         if i < len(inputs) and ctx.needs_input_grad[i]:
             grads[i] = g
     return tuple(grads)

@@ -22,9 +22,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 warmup: .venv/ready-run
 	$(BIN)/isokern warmup --model $(MODEL) --tp $(TP) $(ARGS)
 
-# loadgroup: tests of one group (see tests/conftest.py) share a process, the others go wherever there is room.
 test: .venv/ready-test
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -121,6 +121,7 @@ FAULTS: dict[str, tuple[Config, str, str, str]] = {
     "key channels beyond K": (STAGED, "return Shape::K == Shape::KEYS || k < Shape::K;", "return true;", "watch"),
     "rows beyond V": (STAGED, "return Shape::WHOLE_TILES || row + r < Shape::V;", "return true;", "watch"),
     "tokens beyond the end fetched": (STAGED, "if (slot < count) {", "if (slot <= count) {", "watch"),
+    "two blocks on one head": (STAGED, "hv = blockIdx.x / Shape::TILES,", "hv = 0,", "watch"),
     "32-bit slot offsets": (
         STAGED,
         "(T*)s.data + slot * s.slot",
@@ -131,6 +132,7 @@ FAULTS: dict[str, tuple[Config, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name):
+def test_a_planted_fault_is_found(name, record_property):
     config, good, bad, means = FAULTS[name]
     assert found_by(means, SPEC, runner(SPEC, config, good, bad))
+    record_property("planted fault", f"cupy        {name:50} found by {means}")

@@ -28,10 +28,7 @@ def results(backend):
 
 
 def backends():
-    return [
-        pytest.param(name, marks=[pytest.mark.engine(ENGINES[name].name), pytest.mark.xdist_group(f"{name} faults")])
-        for name in FAULTS
-    ]
+    return [pytest.param(name, marks=pytest.mark.engine(ENGINES[name].name)) for name in FAULTS]
 
 
 @pytest.mark.parametrize("backend", backends())

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import IsokernError
 from ..registry.backend import Backend, Config, Runner
+from ..registry.conformance.kept import Kept
 from ..registry.core import Registry
 from ..registry.decision import RejectCode
 from ..registry.spec import OpSpec
@@ -25,6 +26,10 @@ from .threads import WithThreads, torch_threads
 
 __all__ = ["CandidateError", "OwnFault", "Session"]
 
+#: Tokens times value heads that a GPU's reference computes per run: memory is its limit, not time.
+_GPU_TOKEN_HEADS = 1 << 18
+#: Share of the free memory that the gate may keep calls and references in.
+_KEPT_SHARE = 0.2
 #: Seconds that the first calls of a candidate may take, after the first one.
 _PATIENCE_S = 0.3
 
@@ -71,6 +76,7 @@ class Session:
 
             registry = package.default  # the one that a third party's decorator registers with
         self.registry = registry
+        self._kept = Kept(0)
         self._recipe: ProblemRecipe | None = None
         self._problem: Any = None
         self._bound: dict[str, _Bound] = {}
@@ -114,6 +120,7 @@ class Session:
     # ---- problems
 
     def _forget(self) -> None:
+        self._kept = Kept(int(_KEPT_SHARE * _free_bytes(self.device)))
         self._recipe = self._problem = self._bench = self._inputs = None
         self._bound.clear()
 
@@ -181,8 +188,9 @@ class Session:
                     self.recipe.case,
                     seeds=tuple(seeds),
                     adversarial=self.recipe.twin,
-                    max_token_heads=max_token_heads,
+                    max_token_heads=max_token_heads if self.device == "cpu" else _GPU_TOKEN_HEADS,
                     device=self.device,
+                    kept=self._kept,
                 )
             except (MemoryError, torch.OutOfMemoryError):
                 raise
@@ -213,6 +221,10 @@ class Session:
 
     def _runners(self) -> dict[str, Runner]:
         return {name: bound.runner for name, bound in self._bound.items()}
+
+
+def _free_bytes(device: str) -> int:
+    return int(psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0])
 
 
 def _limit_memory() -> None:

@@ -10,6 +10,7 @@ import torch
 from isokern.backends.torch_native.reference import run_reference
 from isokern.registry.backend import Backend, Config
 from isokern.registry.conformance.gate import gate
+from isokern.registry.conformance.kept import Kept
 from isokern.registry.decision import Accepted, RejectCode, Rejected
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.cases import BASE, CASES, adversarial
@@ -211,10 +212,52 @@ def test_a_fault_in_the_last_head_is_found_within_any_budget():
     assert judge(Candidate(after=lambda c: c.out[:, :, -1].mul_(1.1)), case, max_token_heads=0).code is RejectCode.WRONG
 
 
-def test_references_are_kept_between_candidates():
-    known = {}
-    assert judge(Candidate(), references=known)
-    kept = {key: id(value) for key, value in known.items()}
-    assert len(kept) == 3
-    assert judge(Candidate(), references=known)
-    assert {key: id(value) for key, value in known.items()} == kept
+class TestKept:
+    def test_calls_and_references_are_made_once_for_all_candidates(self):
+        kept = Kept(1 << 30)
+        assert judge(Candidate(), kept=kept)
+        assert kept.made == 6  # two seeds and the adversarial layout: a call and a reference each
+        assert judge(Candidate(), kept=kept)
+        assert judge(Candidate(after=lambda c: c.out.mul_(1.1)), kept=kept).code is RejectCode.WRONG
+        assert judge(Candidate(), kept=kept)
+        assert (kept.made, kept.broken) == (6, 0)
+
+    def test_what_does_not_fit_is_made_each_time(self):
+        kept = Kept(0)
+        assert judge(Candidate(), kept=kept)
+        assert judge(Candidate(), kept=kept)
+        assert kept.made == 12
+
+    @pytest.mark.parametrize("what", ["images", "reference"])
+    def test_who_writes_over_what_is_kept_harms_no_other_candidate(self, what):
+        kept = Kept(1 << 30)
+        assert judge(Candidate(), kept=kept)
+
+        def scribble_on_kept(call):
+            for sealed in kept._things.values():
+                for t in sealed.thing.lasting() if isinstance(sealed.thing, GateTrial) is (what == "images") else ():
+                    t.view(-1).view(torch.uint8)[:1] ^= 1
+
+        judge(Candidate(after=scribble_on_kept), kept=kept)
+        assert judge(Candidate(), kept=kept)
+        assert kept.broken > 0
+
+    def test_who_changes_the_record_of_the_call_harms_no_other_candidate(self):
+        kept = Kept(1 << 30)
+
+        def forget_the_pool(call):
+            call.pool = call.write_slots = None
+
+        assert judge(Candidate(after=forget_the_pool), kept=kept).code is RejectCode.INPUT_MODIFIED
+        assert judge(Candidate(), kept=kept)
+        assert judge(Candidate(after=lambda c: c.pool.mul_(1.1)), kept=kept).code in (
+            RejectCode.WRONG,
+            RejectCode.CANARY,
+        )
+
+    def test_who_changes_a_tensor_in_place_harms_no_other_candidate(self):
+        kept = Kept(1 << 30)
+        shrinks = judge(Candidate(after=lambda c: c.q.resize_(c.q.shape[0], 1)), kept=kept)
+        assert shrinks.code is RejectCode.INPUT_MODIFIED
+        assert judge(Candidate(), kept=kept)
+        assert kept.broken == 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from ..backend import Backend, Config
 from ..decision import RejectCode
 from .check import BackendRaised, Declined, PredicateFault, Violation
+from .kept import Kept
 from .subject import Subject
 
 __all__ = ["GateResult", "GateTrial", "gate"]
@@ -48,8 +50,14 @@ class GateTrial(Protocol):
 
     call: Any
 
-    def truth(self, subject: Subject, max_token_heads: int, seed: int) -> Any:
-        """The reference of the call, before it runs, within the budget."""
+    def truth(self, chunk: int | None, max_token_heads: int, seed: int) -> Any:
+        """The reference of the call, before it runs, within the budget; bounds for chunked forms if ``chunk``."""
+
+    def begin(self) -> None:
+        """Be as made, whatever an earlier candidate did to the call."""
+
+    def lasting(self) -> Iterable[torch.Tensor]:
+        """The tensors that no run may change."""
 
     def launch(self, subject: Subject, poison: float) -> None:
         """Run on a poisoned output."""
@@ -81,7 +89,7 @@ def gate(
     max_token_heads: int = 1 << 11,
     device: torch.device | str = "cpu",
     require_repeatable: bool = True,
-    references: MutableMapping[Any, Any] | None = None,
+    kept: Kept | None = None,
 ) -> GateResult:
     """Prove one candidate on one case.
 
@@ -96,11 +104,12 @@ def gate(
         adversarial: another case of the same problem; None lets the op make one.
         max_token_heads: tokens times heads to compare with the reference (a thousand take about a second at
             K = V = 128); beyond, a random subset of heads stands for all, the first and the last among them.
-        references: keeps references between candidates of one case (the dearest part of the gate); pass one
-            mapping for all of them, and drop it with the case.
+        kept: keeps calls and references between candidates of one case (the dearest part of the gate); pass one for
+            all of them, and drop it with the case.
         require_repeatable: reject with ``NOT_REPEATABLE``; else only report it.
     """
     trial_of = _trial_class(op)
+    kept = Kept(0) if kept is None else kept
     subject = Subject(backend, config, device=device)
     rest = trial_of.adversarial(case) if adversarial is None else adversarial
     runs = [(case, seed) for seed in seeds]
@@ -109,8 +118,11 @@ def gate(
     repeatable: bool | None = None
     try:
         for i, (spec, seed) in enumerate(runs):
-            trial: GateTrial = trial_of.of(spec, seed, device)
-            ref = _reference(trial, subject, spec, seed, max_token_heads, references)
+            trial: GateTrial = kept.get((spec, seed), partial(trial_of.of, spec, seed, device))
+            trial.begin()
+            chunk = subject.chunk(trial.call)
+            make = partial(trial.truth, chunk, max_token_heads, seed)
+            ref = kept.get((spec, seed, max_token_heads, chunk), make)
             trial.launch(subject, math.nan)
             ratio = trial.judge(ref)
             worst = ratio if math.isnan(worst) else max(worst, ratio)
@@ -130,22 +142,6 @@ def gate(
     except BackendRaised as raised:
         return GateResult(False, _code_of(raised), str(raised), repeatable, worst)
     return GateResult(True, None, "", repeatable, worst)
-
-
-def _reference(
-    trial: GateTrial,
-    subject: Subject,
-    spec: Any,
-    seed: int,
-    max_token_heads: int,
-    known: MutableMapping[Any, Any] | None,
-) -> Any:
-    if known is None:
-        return trial.truth(subject, max_token_heads, seed)
-    key = (spec, seed, max_token_heads, subject.chunk(trial.call))
-    if key not in known:
-        known[key] = trial.truth(subject, max_token_heads, seed)
-    return known[key]
 
 
 def _run_again(trial: GateTrial, subject: Subject, require_repeatable: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +13,14 @@ from ...varlen.layout import SequenceLayout
 from .case import CaseSpec
 from .dtypes import dtype_of
 
-__all__ = ["GUARD_SLOTS", "Inputs", "make_inputs"]
+__all__ = ["DRAWN_ON_HOST", "GUARD_SLOTS", "Inputs", "make_inputs"]
 
 #: Slots allocated before the first and after the last slot the op is given; nothing may ever write there.
 GUARD_SLOTS = 1
+
+#: Most values of states that are drawn on the host, whatever the device. Of 2**28 values, as in a pool that no cache
+#: holds, the host would draw for seconds.
+DRAWN_ON_HOST = 1 << 22
 
 
 @dataclass(eq=False)
@@ -57,7 +62,11 @@ def _clone(value: Any) -> Any:
 
 
 def make_inputs(spec: CaseSpec, seed: int | None = None, device: torch.device | str = "cpu") -> Inputs:
-    """Make up the call ``spec`` describes. Same spec and seed give the same bits on every device."""
+    """Make up the call ``spec`` describes.
+
+    Same spec and seed give the same bits on every device, but for states of more than ``DRAWN_ON_HOST`` values, which
+    a GPU draws itself.
+    """
     g = torch.Generator().manual_seed(spec.seed if seed is None else seed)
     randn, rand = partial(torch.randn, generator=g), partial(torch.rand, generator=g)
     n, tokens = spec.n, spec.tokens + (spec.extra_rows if spec.varlen else 0)
@@ -176,7 +185,7 @@ def _state(
     inner = (spec.hv, spec.k, spec.v) if spec.state_layout == "kv" else (spec.hv, spec.v, spec.k)
     separate = spec.update == "separate"
     slots = (2 if separate else 1) * n + spec.extra_slots
-    values = torch.randn(slots + 2 * GUARD_SLOTS, *inner, generator=g)
+    values = _normal((slots + 2 * GUARD_SLOTS, *inner), g, device)
     if spec.distribution == "large_values":
         values = values * 1e3
     dtype = dtype_of(spec.state_dtype)
@@ -203,6 +212,13 @@ def _state(
     return values
 
 
+def _normal(shape: tuple[int, ...], g: torch.Generator, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type == "cuda" and math.prod(shape) > DRAWN_ON_HOST:
+        seed = int(torch.randint(1 << 62, (1,), generator=g))
+        return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    return torch.randn(shape, generator=g)
+
+
 def _verification(
     spec: CaseSpec, kwargs: dict[str, Any], n: int, g: torch.Generator, device: torch.device | str
 ) -> torch.Tensor | None:
@@ -211,7 +227,7 @@ def _verification(
     longest = max(spec.lengths, default=0)
     inner = (spec.hv, spec.k, spec.v) if spec.state_layout == "kv" else (spec.hv, spec.v, spec.k)
     rows, steps = n + 2, longest + 1
-    storage = torch.randn(rows + 2 * GUARD_SLOTS, steps, *inner, generator=g)
+    storage = _normal((rows + 2 * GUARD_SLOTS, steps, *inner), g, device)
     storage = storage.to(dtype_of(spec.intermediate_dtype)).to(device)
     index = dtype_of(spec.index_dtype)
     which = torch.randperm(rows, generator=g)[:n]

@@ -77,15 +77,15 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
     Args:
         call: the canonical call *after* the backend ran (its pool and buffer hold the results).
         out: ``[B, T, HV, V]`` in q's dtype.
-        ref: the reference of the same call, made before it ran.
+        ref: the reference of the same call, made before it ran; comparing happens on its device.
         ratio_limit: largest allowed |error| / bound.
     """
-    heads = torch.tensor(ref.heads, dtype=torch.int64)
+    heads = torch.tensor(ref.heads, dtype=torch.int64, device=ref.o.device)
     faults: list[str] = []
     # A tree read back through a 16-bit buffer may take the neighbouring value at every jump: an error of the
     # contract's rounding, inside the bound, that no fixed norm can know.
     rerounded = call.parents is not None and call.intermediates is not None and call.intermediates.dtype.itemsize < 4
-    rows = out.detach().cpu().flatten(0, 1)[:, heads]
+    rows = out.detach().to(ref.o.device).flatten(0, 1)[:, heads]
     outputs = _Comparison(dtype_name(out.dtype), rerounded)
     for x, y in pairwise(ref.offsets):
         outputs.add(rows[x:y].transpose(0, 1), ref.o[x:y].transpose(0, 1), ref.o_bound[x:y].transpose(0, 1))
@@ -116,7 +116,7 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
 
 
 def _kv(state: torch.Tensor, heads: torch.Tensor, call: Call) -> torch.Tensor:
-    chosen = state.detach().cpu()[heads]
+    chosen = state.detach().to(heads.device)[heads]
     return chosen if call.state_layout == "kv" else chosen.transpose(-1, -2)
 
 

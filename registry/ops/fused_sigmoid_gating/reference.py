@@ -43,7 +43,7 @@ F64 = torch.float64
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Exact results and error bounds for the value heads in ``heads``; all tensors float64 on the CPU.
+    """Exact results and error bounds for the value heads in ``heads``; all tensors float64, on one device.
 
     Attributes:
         heads: the value heads computed, in the order of the head axes below.
@@ -62,6 +62,15 @@ class Reference:
     state_bound: torch.Tensor
     steps: torch.Tensor | None
     steps_bound: torch.Tensor | None
+
+    def lasting(self) -> tuple[torch.Tensor, ...]:
+        """All its tensors: nothing may change them."""
+        all_of_them = (self.o, self.o_bound, self.state, self.state_bound, self.steps, self.steps_bound)
+        return tuple(t for t in all_of_them if t is not None)
+
+    def places(self) -> tuple[int, ...]:
+        """What it describes."""
+        return (*self.heads, *self.offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,43 +92,48 @@ def reference(
     heads: Sequence[int] | None = None,
     chunk: int | None = None,
     initial: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Reference:
     """Evaluate ``call`` in float64 for the value heads in ``heads`` (default: all). Writes nothing.
 
     Args:
-        call: canonical arguments. Reads its tensors (copying them to the CPU where they are on a GPU).
+        call: canonical arguments. Reads its tensors (copying them to ``device`` where they are elsewhere).
         heads: value heads to compute; heads are independent, so a few stand for all where all would take too long.
         chunk: bound for chunked evaluations with chunks of this many tokens; None for token-by-token ones.
         initial: ``[N, heads, K, V]`` float64 start states in place of the pool's (a caller that keeps exact
             states across calls).
+        device: where to compute and leave the results. A GPU's float64 is as good, and much faster on large states,
+            where one trusts it more than the kernel that is judged.
     """
+    device = torch.device(device)
     chosen = tuple(range(call.hv)) if heads is None else tuple(heads)
-    index = torch.tensor(chosen, dtype=torch.int64)
+    index = torch.tensor(chosen, dtype=torch.int64, device=device)
     gates = _gates(call, index, chunk)
-    offsets = call.offsets if call.lengths_on_host else tuple(_cpu(call.cu_seqlens).tolist())
+    offsets = call.offsets if call.lengths_on_host else tuple(_on(call.cu_seqlens, "cpu").tolist())
     n = len(offsets) - 1
     lengths = [y - x for x, y in pairwise(offsets)]
     order = sorted(range(n), key=lambda i: -lengths[i])
     k_dim, v_dim = call.key_dim, call.value_dim
 
-    start = _start_states(call, index, n) if initial is None else initial.to(F64)
+    start = _start_states(call, index, n) if initial is None else initial.to(device, F64)
     h = start[order].clone() if n else start.clone()
-    error = torch.zeros(n, len(chosen), v_dim, dtype=F64)
-    o = torch.full((call.tokens, len(chosen), v_dim), math.nan, dtype=F64)
+    error = torch.zeros(n, len(chosen), v_dim, dtype=F64, device=device)
+    o = torch.full((call.tokens, len(chosen), v_dim), math.nan, dtype=F64, device=device)
     o_bound = torch.zeros_like(o)
     keep = call.intermediates is not None
-    steps = torch.full((call.tokens, len(chosen), k_dim, v_dim), math.nan, dtype=F64) if keep else None
-    steps_bound = torch.zeros(call.tokens, len(chosen), v_dim, dtype=F64) if keep else None
+    shape = (call.tokens, len(chosen), k_dim, v_dim)
+    steps = torch.full(shape, math.nan, dtype=F64, device=device) if keep else None
+    steps_bound = torch.zeros(call.tokens, len(chosen), v_dim, dtype=F64, device=device) if keep else None
     tree = _Tree.of(call, order, h) if call.parents is not None else None
     major = h.abs() if chunk else None
     spread = torch.zeros_like(h) if chunk else None
-    starts = torch.tensor([offsets[i] for i in order], dtype=torch.int64)
+    starts = torch.tensor([offsets[i] for i in order], dtype=torch.int64, device=device)
 
     for t in range(max(lengths, default=0)):
         live = sum(1 for i in order if lengths[i] > t)  # order is by length: a prefix is alive
         rows = starts[:live] + t
         if tree is not None and t:
-            tree.load(t, live, h, error, steps, steps_bound, rows)
+            tree.load(t, live, h, error, steps, steps_bound, [offsets[i] + t for i in order[:live]])
         if chunk and t % chunk == 0 and major is not None and spread is not None:
             major[:live] = h[:live].abs()
             spread[:live] = 0
@@ -133,43 +147,43 @@ def reference(
             steps[rows] = h[:live]
             steps_bound[rows] = error[:live]
 
-    back = torch.empty(n, dtype=torch.int64)
-    back[torch.tensor(order, dtype=torch.int64)] = torch.arange(n)
+    back = torch.tensor(order, dtype=torch.int64, device=device).argsort()
     for bound in (o_bound, steps_bound):
         if bound is not None:
             bound[: offsets[-1]] += UNDERFLOW
-    run = torch.tensor([length > 0 for length in lengths], dtype=torch.bool)  # an empty sequence keeps its bits
+    # An empty sequence keeps its bits.
+    run = torch.tensor([length > 0 for length in lengths], dtype=torch.bool, device=device)
     state_bound = error[back]
     state_bound[run] += UNDERFLOW
     return Reference(chosen, offsets, o, o_bound, h[back], state_bound, steps, steps_bound)
 
 
-def _cpu(tensor: torch.Tensor | None) -> torch.Tensor:
+def _on(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
     assert tensor is not None
-    return tensor.detach().cpu()
+    return tensor.detach().to(device)
 
 
 def _start_states(call: Call, index: torch.Tensor, n: int) -> torch.Tensor:
-    start = torch.zeros(n, len(index), call.key_dim, call.value_dim, dtype=F64)
+    start = torch.zeros(n, len(index), call.key_dim, call.value_dim, dtype=F64, device=index.device)
     if call.pool is None or call.read_slots is None:
         return start
-    for i, slot in enumerate(_cpu(call.read_slots).tolist()):
+    for i, slot in enumerate(call.read_slots.tolist()):
         if slot >= 0:
-            state = _cpu(call.pool[slot])[index].to(F64)
+            state = _on(call.pool[slot], index.device)[index].to(F64)
             start[i] = state if call.state_layout == "kv" else state.transpose(-1, -2)
     return start
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """``[B, T, ...]`` to ``[tokens, ...]``, float64 on the CPU."""
-    return _cpu(tensor).to(F64).flatten(0, 1)
+def _flat(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``[B, T, ...]`` to ``[tokens, ...]``, float64."""
+    return _on(tensor, device).to(F64).flatten(0, 1)
 
 
 def _gates(call: Call, index: torch.Tensor, chunk: int | None) -> _Gates:
-    group = index // (call.hv // call.h)
-    q, k, v = _flat(call.q)[:, group], _flat(call.k)[:, group], _flat(call.v)[:, index]
-    a, b = _flat(call.a)[:, index], _flat(call.b)[:, index]
-    A_log, bias = _cpu(call.A_log).to(F64)[index], _cpu(call.dt_bias).to(F64)[index]
+    group, device = index // (call.hv // call.h), index.device
+    q, k, v = _flat(call.q, device)[:, group], _flat(call.k, device)[:, group], _flat(call.v, device)[:, index]
+    a, b = _flat(call.a, device)[:, index], _flat(call.b, device)[:, index]
+    A_log, bias = _on(call.A_log, device).to(F64)[index], _on(call.dt_bias, device).to(F64)[index]
     if call.is_kda:
         A_log = A_log[:, None]
     else:
@@ -294,8 +308,8 @@ class _Tree:
         from .dtypes import dtype_name, unit_roundoff
 
         assert call.intermediates is not None
-        table = _cpu(call.parents).tolist()
-        rows = _cpu(call.intermediate_rows).tolist()
+        table = call.parents.tolist()
+        rows = call.intermediate_rows.tolist()
         name = dtype_name(call.intermediates.dtype)
         rounding = 0.0 if name in ("float32", "float64") else unit_roundoff(name)
         return cls([table[i] for i in order], [rows[i] < 0 for i in order], start.clone(), rounding)
@@ -308,7 +322,7 @@ class _Tree:
         error: torch.Tensor,
         steps: torch.Tensor | None,
         steps_bound: torch.Tensor | None,
-        rows: torch.Tensor,
+        rows: list[int],
     ) -> None:
         """Put each live sequence's parent state, as the buffer's dtype holds it, into h."""
         assert steps is not None
@@ -320,7 +334,7 @@ class _Tree:
             if parent < 0:
                 h[i], error[i] = self.start[i], 0
                 continue
-            row = int(rows[i]) - t + parent
+            row = rows[i] - t + parent
             h[i], error[i] = steps[row], steps_bound[row]
             if self.rounding:
                 # An evaluation's state may round to the neighbouring value: one whole ulp apart, per element.

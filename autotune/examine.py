@@ -8,12 +8,12 @@ gate, which costs many times a call: one that is hopelessly slow cannot win, rig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..registry.decision import RejectCode, Rejected
 from .candidates import Candidate
-from .policy import ScreenPolicy
+from .policy import TunePolicy
 from .progress import Progress
 from .recipe import ProblemRecipe
 from .resume import Resume, Verdict
@@ -62,7 +62,7 @@ class Examiner:
         recipe: ProblemRecipe,
         key: dict[str, Any],
         gate: GatePolicy,
-        screen: ScreenPolicy,
+        policy: TunePolicy,
         resume: Resume,
         progress: Progress,
         protected: Iterable[str] = (),
@@ -71,7 +71,8 @@ class Examiner:
         self.recipe = recipe
         self.key = key
         self.gate = gate
-        self.screen = screen
+        self.screen = policy.screen
+        self.measure = replace(policy.measure, mode=recipe.mode)
         self.resume = resume
         self.progress = progress
         self.protected = frozenset(protected)
@@ -117,8 +118,8 @@ class Examiner:
         """Make the first calls, and note their minimum in ``called``; a verdict if that fails."""
 
         def first_calls(candidate: Candidate) -> Verdict:
-            seconds = self._request("first_call", candidate, calls=self.gate.calls)["seconds"]
-            return Verdict(None, first_s=min(seconds))
+            how = {"calls": self.gate.calls, "policy": asdict(self.measure)}
+            return Verdict(None, first_s=min(self._request("first_call", candidate, **how)["seconds"]))
 
         verdict = self._survived(candidate, first_calls)
         if verdict.rejected is not None or verdict.first_s is None:

@@ -36,6 +36,7 @@ _MAX_LAUNCHES = 512
 _EAGER_LAUNCHES = 40
 _EAGER_SAMPLE_S = 10e-3
 _LARGEST_COPY = 1 << 30
+_GLANCES = 3
 #: Cycles the device is kept busy while the host queues what is timed: some 30 us, thrice what a graph launch takes.
 _HEAD_START_CYCLES = 60_000
 
@@ -123,6 +124,16 @@ class CudaBench:
             "sentinel_s": statistics.median(sentinel),
             "wall_s": (time.perf_counter_ns() - began) * 1e-9,
         }
+
+    def glance(self, name: str, runner: Runner) -> float:
+        """Seconds per call, at best of a few samples: to rank by, not to judge by."""
+        sample = self._graph_sample if self.policy.mode == "graph" else self._eager_sample
+        return min(sample(name, runner)[0] for _ in range(_GLANCES))
+
+    def forget(self, name: str) -> None:
+        """Drop what was prepared for ``name``."""
+        for prepared in (self._captured, self._pinned, self._best):
+            prepared.pop(name, None)
 
     # ---- graph
 

@@ -12,7 +12,10 @@ class Progress:
         """Problem number ``index`` (from 0) of ``total`` starts; one known from the store is not begun."""
 
     def stage(self, name: str, steps: int) -> None:
-        """Within a problem: ``first calls``, ``gate``, ``screen`` or ``race`` starts, with at most so many steps."""
+        """``compile`` (before all problems), or within one ``first calls``, ``gate``, ``screen`` or ``race`` starts.
+
+        It has at most so many steps.
+        """
 
     def advance(self, detail: str) -> None:
         """One step of the stage is done; ``detail`` is a short line about it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 from collections.abc import Callable, Mapping
@@ -98,11 +99,14 @@ class Session:
                 return self.load(ProblemRecipe.from_dict(arguments["problem"]))
             case "bind":
                 return self.bind(arguments)
+            case "compile":
+                return self.compile(arguments)
             case "first_call":
-                return self.first_call(arguments["name"], arguments["calls"])
+                return self.first_call(arguments["name"], arguments["calls"], MeasurePolicy(**arguments["policy"]))
             case "gate":
                 return self.gate(arguments["name"], arguments["seeds"], arguments["max_token_heads"])
             case "bench":
+                self._inputs = None  # this worker makes no first calls
                 return self.make_bench(MeasurePolicy(**arguments["policy"]))
             case "time_block":
                 return self.bench().block(arguments["names"], self._runners(), at)
@@ -163,11 +167,36 @@ class Session:
         self._bound[candidate["name"]] = _Bound(backend, config, runner)
         return {"fingerprint": backend.fingerprint()}
 
-    def first_call(self, name: str, calls: int) -> dict[str, Any]:
-        """Seconds of first calls, on a copy of the inputs: ``calls`` short ones, or two (the first may compile)."""
+    def compile(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Compile one candidate's kernels for some problems on a GPU of architecture ``arch``; needs no GPU."""
+        config = Config.from_dict(arguments["config"])
+        where = arguments["origin"]
+        for record in arguments["problems"]:
+            recipe = ProblemRecipe.from_dict(record)
+            problem = importlib.import_module(recipe.hooks).describe(recipe.case, "cuda", arguments["arch"])
+            backend = find_backend(
+                self.registry, recipe.op, arguments["backend"], None if where is None else Origin(**where)
+            )
+            backend.compile(problem, config)
+        return {}
+
+    def first_call(self, name: str, calls: int, policy: MeasurePolicy) -> dict[str, Any]:
+        """Seconds of first calls, on a copy of the inputs: ``calls`` short ones, or two (the first may compile).
+
+        On a GPU then as ``policy`` times them: a call that is waited for takes the host longer than most kernels.
+        """
         runner = self._bound[name].runner
         call = self._call(self._inputs.clone())
         seconds = [self._once(self.spec, call, runner)]
+        if self.device != "cpu":
+            self._once(self.spec, call, runner)
+            if self._bench is None:
+                self.make_bench(policy)
+            bench = self.bench()
+            assert isinstance(bench, CudaBench)
+            seconds.append(bench.glance(name, runner))
+            bench.forget(name)
+            return {"seconds": seconds[1:]}
         while len(seconds) < 2 or (len(seconds) < calls and sum(seconds[1:]) < _PATIENCE_S):
             seconds.append(self._once(self.spec, call, runner))
         return {"seconds": seconds}
@@ -206,8 +235,7 @@ class Session:
     # ---- timing
 
     def make_bench(self, policy: MeasurePolicy) -> dict[str, Any]:
-        """Prepare rotated calls for timing the loaded problem, in place of the inputs made so far."""
-        self._inputs = None
+        """Prepare rotated calls for timing the loaded problem."""
         if self.device == "cpu":
             self._bench = Bench(self.spec, self.recipe, self.device, policy, self._bandwidth)
         else:

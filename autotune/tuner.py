@@ -261,7 +261,7 @@ class _Run:
             self.task.recipe,
             self.task.problem.key(),
             self.settings.gate,
-            self.settings.policy.screen,
+            self.settings.policy,
             self.resume,
             self.progress,
             protected,

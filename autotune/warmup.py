@@ -32,6 +32,7 @@ from ..registry.ops.fused_sigmoid_gating.describe import describe
 from ..registry.ops.fused_sigmoid_gating.workload_case import Case, Policy, Tier
 from ..registry.ops.fused_sigmoid_gating.workloads import of_tier, serving_cases
 from .candidates import admit
+from .compiling import compilations, compile_ahead, processors
 from .cost import CostModel
 from .device_lock import device_lock
 from .progress import Progress
@@ -276,6 +277,7 @@ def run_warmup(
         with interruptible(), workers:
             done = 0
             proven: Proven = {}
+            _compile(plan, progress)
             for planned in plan.problems:
                 if planned.entry is not None:
                     reports.append(ProblemReport(planned, planned.entry, 0.0))
@@ -295,6 +297,15 @@ def run_warmup(
         workers.close()
     spawned = workers.spawned + (1 if any(r.proof for r in reports) else 0)
     return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
+
+
+def _compile(plan: WarmupPlan, progress: Progress) -> None:
+    """All kernels of what is to be tuned on a GPU, before anything is measured."""
+    if plan.environment.device == "cpu":
+        return
+    tasks = [p.task for p in plan.problems if not p.known]
+    fields = [(task, admit(plan.registry, OP, task.problem).candidates) for task in tasks]
+    compile_ahead(compilations(fields), processors(), plan.settings.limits, progress)
 
 
 def _tune(

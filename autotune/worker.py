@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,11 +76,19 @@ class Worker:
     Args:
         device: what it computes on; the parent never initialises it.
         threads: torch's intra-op threads in the worker (CPU only).
+        environment: variables that the process has besides this one's.
 
     Attributes: ``spawned``, how many processes were started.
     """
 
-    def __init__(self, device: str = "cpu", threads: int = 1, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        threads: int = 1,
+        limits: Limits | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environment = environment
         self.device = device
         self.threads = threads
         self.limits = limits or Limits()
@@ -150,6 +159,7 @@ class Worker:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
+                env=None if self._environment is None else {**os.environ, **self._environment},
                 start_new_session=True,  # one group to kill, and no terminal signals past the parent
             )
         self.spawned += 1
@@ -185,6 +195,11 @@ class Worker:
         self._output.seek(max(0, size - _QUOTED))
         text: str = self._output.read().decode(errors="replace")
         return " | ".join(line.strip() for line in text.splitlines() if line.strip())
+
+    def end(self) -> None:
+        """End the process while another thread waits for its answer; that thread is told that it died."""
+        if self._process is not None:
+            _kill_tree(self._process)
 
     def kill(self) -> None:
         """End the process and all it started. The next request starts a fresh one. Idempotent."""

@@ -119,6 +119,14 @@ class Backend(ABC):
     def bind(self, problem: Any, config: Config) -> Runner:
         """Compile, or look up, the kernel for ``problem`` and ``config``. Not called on the hot path."""
 
+    def compile(self, problem: Any, config: Config) -> None:
+        """Compile what :meth:`bind` would, and leave it where that finds it. Needs no device, and touches none.
+
+        Called in processes that do nothing else, before anything is measured. A backend whose kernels cannot be kept
+        has nothing to do here. May raise what :meth:`bind` may.
+        """
+        return
+
     def sources(self) -> Sequence[Path]:
         """Files whose contents decide what the kernel does (helpers included); feeds the fingerprint."""
         return (Path(inspect.getfile(type(self))),)

@@ -38,7 +38,7 @@ def candidate(attribute: str, name: str) -> dict:
 
 def run(worker: Worker, attribute: str, name: str) -> dict:
     worker.request("bind", LIMITS.bind, **candidate(attribute, name))
-    return worker.request("first_call", LIMITS.call, name=name, calls=2)
+    return worker.request("first_call", LIMITS.call, name=name, calls=2, policy={})
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_hang_is_killed_with_everything_it_started(loaded):
     loaded.request("bind", LIMITS.bind, **candidate("HangsWithChild", "hangs_with_child"))
     pid = loaded.pid
     with pytest.raises(CandidateFailure) as caught:
-        loaded.request("first_call", 1.0, name="hangs_with_child", calls=2)
+        loaded.request("first_call", 1.0, name="hangs_with_child", calls=2, policy={})
     assert caught.value.verdict.code is RejectCode.TIMEOUT
     assert not psutil.pid_exists(pid)
     assert not [p for p in psutil.process_iter(["cmdline"]) if "planted-child" in (p.info["cmdline"] or [])]
@@ -195,7 +195,7 @@ def test_a_worker_does_not_outlive_its_tuner_even_while_a_candidate_hangs():
         f"w = Worker()\nw.request('load', 60, problem={RECIPE.to_dict()!r})\n"
         f"w.request('bind', 60, **{candidate('Hangs', 'hangs')!r})\nprint(w.pid, flush=True)\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()\n"
-        "w.request('first_call', 60, name='hangs', calls=2)\n"
+        "w.request('first_call', 60, name='hangs', calls=2, policy={})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     pid = int(done.stdout)

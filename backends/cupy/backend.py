@@ -11,6 +11,7 @@ from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .. import launch
+from ..launch import ahead
 from .configs import configs
 from .specialization import MAX_DIM
 
@@ -53,6 +54,11 @@ class Cupy(Backend):
         from .launcher import launcher
 
         return launcher(self.name, problem, config)
+
+    def compile(self, problem: Problem, config: Config) -> None:
+        from .launcher import compiler
+
+        ahead.compile_expected(self.name, problem, config, compiler(problem, config))
 
     def sources(self) -> Sequence[Path]:
         folder = Path(__file__).parent

@@ -15,13 +15,17 @@ from .arguments import pack
 from .compiling import CupyCompiler, grid
 from .specialization import Specialization
 
-__all__ = ["Kernel", "Launcher", "launcher"]
+__all__ = ["Kernel", "Launcher", "compiler", "launcher"]
 
 
 def launcher(backend: str, problem: Problem, config: Config) -> GpuLauncher:
     """The runner on GPUs. Raises BackendFailedError if the kernel does not compile or load."""
-    compiler = CupyCompiler(Specialization.of(problem, config), problem.arch)
-    return GpuLauncher(backend, problem, config, compiler)
+    return GpuLauncher(backend, problem, config, compiler(problem, config))
+
+
+def compiler(problem: Problem, config: Config) -> CupyCompiler:
+    """What compiles for calls of ``problem``."""
+    return CupyCompiler(Specialization.of(problem, config), problem.arch)
 
 
 class Kernel(Protocol):

@@ -11,6 +11,7 @@ from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .. import launch
+from ..launch import ahead
 from .space import configs_for
 
 __all__ = ["NumbaCuda"]
@@ -58,6 +59,11 @@ class NumbaCuda(Backend):
         from .launch import launcher
 
         return launcher(self.name, problem, config)
+
+    def compile(self, problem: Problem, config: Config) -> None:
+        from .launch import NumbaCompiler
+
+        ahead.compile_expected(self.name, problem, config, NumbaCompiler.of(problem, config))
 
     def sources(self) -> Sequence[Path]:
         return (*sorted(Path(__file__).parent.glob("*.py")), *launch.sources())

@@ -11,6 +11,7 @@ from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .. import launch
+from ..launch import ahead
 from .configs import configs
 
 __all__ = ["Triton"]
@@ -68,6 +69,11 @@ class Triton(Backend):
         from .launcher import launcher
 
         return launcher(self.name, problem, config)
+
+    def compile(self, problem: Problem, config: Config) -> None:
+        from .compiling import TritonCompiler
+
+        ahead.compile_expected(self.name, problem, config, TritonCompiler(problem, config))
 
     def sources(self) -> Sequence[Path]:
         folder = Path(__file__).parent

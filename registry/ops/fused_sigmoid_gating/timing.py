@@ -8,9 +8,10 @@ import torch
 
 from .call import Call
 from .case import CaseSpec
+from .describe import describe
 from .dtypes import dtype_of
 
-__all__ = ["bytes_moved", "rotated_calls", "state_bytes", "with_room"]
+__all__ = ["bytes_moved", "describe", "rotated_calls", "state_bytes", "with_room"]
 
 
 def state_bytes(case: CaseSpec) -> int:

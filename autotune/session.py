@@ -65,6 +65,8 @@ class Session:
     """
 
     def __init__(self, device: str, threads: int, registry: Registry | None = None) -> None:
+        if device == "cuda":
+            device = "cuda:0"  # torch's functions about devices want to know which
         self.device = device
         if device == "cpu":
             torch.set_num_threads(threads)

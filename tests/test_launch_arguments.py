@@ -113,38 +113,38 @@ def structure(name="Arguments"):
     from isokern.backends.cupy.compiling import FOLDER
 
     text = re.sub(r"//[^\n]*", "", (FOLDER / "arguments.cuh").read_text())
-    made = {"int64": ctypes.c_int64, "float": ctypes.c_float, "void*": ctypes.c_uint64}
+    made = {"int64": ctypes.c_int64, "float": ctypes.c_float, "void": ctypes.c_uint64}
     for kind, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
         fields = []
-        for base, names in re.findall(r"((?:const )?\w+\*?) ([\w, ]+);", body):
-            fields += [(x.strip(), made[base.removeprefix("const ")]) for x in names.split(",")]
+        for base, names in re.findall(r"(?:const )?(\w+)\b([\w*, ]+);", body):
+            fields += [(x.strip(" *"), made[base]) for x in names.split(",")]
         made[kind] = type(kind, (ctypes.Structure,), {"_fields_": fields})
     return made[name]
 
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+#: The structure's name of each tensor, where it is another one.
+OTHERWISE = {
+    "intermediates": "steps",
+    "read_slots": "read",
+    "write_slots": "write",
+    "intermediate_rows": "rows",
+}
 
 
 def tokens(t):
-    strides = dict(zip(("batch", "time", "head", "element"), (*t.stride(), 0), strict=False))
-    return {"data": t.data_ptr(), **strides}
+    return dict(zip(("batch", "time", "head", "element"), (*t.stride(), 0), strict=False))
 
 
 def states(t, layout):
     if t is None:
-        return dict.fromkeys(("data", "slot", "step", "head", "key", "value"), 0)
+        return dict.fromkeys(("slot", "step", "head", "key", "value"), 0)
     inner = dict(zip(("key", "value") if layout == "kv" else ("value", "key"), t.stride()[-2:], strict=True))
     step = t.stride(1) if t.dim() == 5 else 0
-    return {"data": t.data_ptr(), "slot": t.stride(0), "step": step, "head": t.stride(-3), **inner}
-
-
-def indices(t):
-    return {"data": 0, "bytes": 0} if t is None else {"data": t.data_ptr(), "bytes": t.element_size()}
+    return {"slot": t.stride(0), "step": step, "head": t.stride(-3), **inner}
 
 
 def vector(t):
-    element = t.stride(1) if t.dim() == 2 else 0
-    return {"data": t.data_ptr(), "head": t.stride(0), "element": element, "format": DTYPE_CODES[t.dtype]}
+    return {"head": t.stride(0), "element": t.stride(1) if t.dim() == 2 else 0}
 
 
 def as_dict(structure):
@@ -160,25 +160,17 @@ def single(x):
 def test_cuda_source_gets_its_structure(spec):
     call = call_of(spec)
     found = as_dict(structure().from_buffer_copy(launched("cupy", call).parameters))
+    data = {OTHERWISE.get(name, name): 0 if t is None else t.data_ptr() for name, t in given(call).items()}
     assert found == {
+        "data": data,
         **{name: tokens(getattr(call, name)) for name in ("q", "k", "v", "a", "b", "out")},
         "A_log": vector(call.A_log),
         "dt_bias": vector(call.dt_bias),
         "pool": states(call.pool, call.state_layout),
         "steps": states(call.intermediates, call.state_layout),
-        "cu_seqlens": indices(call.cu_seqlens),
-        "read": indices(call.read_slots),
-        "write": indices(call.write_slots),
-        "rows": indices(call.intermediate_rows),
-        "parents": indices(call.parents),
         "parent_stride": 0 if call.parents is None else call.parents.stride(0),
         "n": spec.n,
         "length": call.q.shape[1],
-        "group": spec.hv // spec.h,
-        "a_format": DTYPE_CODES[call.a.dtype],
-        "b_format": DTYPE_CODES[call.b.dtype],
-        "l2norm": spec.l2norm,
-        "bounded": spec.lower_bound is not None,
         "scale": single(spec.scale or spec.k**-0.5),
         "softplus_beta": spec.softplus_beta,
         "softplus_threshold": spec.softplus_threshold,
@@ -186,6 +178,14 @@ def test_cuda_source_gets_its_structure(spec):
         "beta_factor": 2.0 if spec.neg_eigval else 1.0,
         "softplus_unit": single(1 / spec.softplus_beta),
     }
+
+
+def test_cuda_addresses_are_one_block_that_the_structure_begins_with():
+    launcher, _ = launcher_of("cupy", call_of(CASES[0]))
+    places = [at for _, at in launcher.compiler.layout(call_of(CASES[0])).places]
+    assert places == sorted(places)
+    assert places[-1] < ctypes.sizeof(structure("Addresses"))
+    assert structure().data.offset == 0
 
 
 def test_cuda_grid_lays_sequences_along_y_and_then_z():

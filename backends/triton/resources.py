@@ -4,31 +4,29 @@
     python -m isokern.backends.triton.resources             compile everything and compare with the table
 
 The numbers are those of one Triton version, named in the file; another version is only held to compiling everything.
+It takes some minutes. What an interrupted run has compiled is kept in the temporary directory, for the next one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import torch
 import typer
 
-from ...errors import IsokernError
 from ...registry.backend import Config, fingerprint_files
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
-from ...registry.ops.fused_sigmoid_gating.inputs import make_inputs
-from ...registry.ops.fused_sigmoid_gating.problem import Problem
-from ...registry.ops.fused_sigmoid_gating.validate import canonical_call
-from .arguments import INTEGERS, POINTERS, REALS, constants, integers, options, pointers
 from .configs import configs
+from .usage import Resources, compile_config, problem_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -36,6 +34,7 @@ __all__ = [
     "TABLE",
     "Resources",
     "compile_config",
+    "compile_rows",
     "fingerprint",
     "load_table",
     "problem_of",
@@ -60,107 +59,11 @@ PROBLEMS: Mapping[str, CaseSpec] = MappingProxyType(
         "tree vk": _PROMPTS.but(verify="tree", update="disabled"),
     }
 )
-#: Of these only so many configs: their code differs from the others' in what every config has in common.
-_SAMPLED = {
-    "decode kv": 5,
-    "decode vk, bfloat16 pool": 5,
-    "prompts kv": 5,
-    "prompts vk, KDA": 4,
-    "prompts vk, K=96 V=192": 3,
-    "tree vk": 2,
-}
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+#: Of a row: problem, architecture, config label.
+_Key = tuple[str, int, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """Of one compiled kernel.
-
-    Attributes:
-        registers: per thread.
-        spilled: bytes of stack per thread: registers the compiler had to put into memory.
-        shared: bytes of shared memory per program.
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-
-    def to_list(self) -> list[int]:
-        return [self.registers, self.spilled, self.shared]
-
-
-def problem_of(spec: CaseSpec) -> Problem:
-    """The case's problem as it would be on a GPU."""
-    return replace(canonical_call(**make_inputs(spec).kwargs).problem("eager"), device="cuda", arch=90)
-
-
-def compile_config(spec: CaseSpec, config: Config, arch: int) -> Resources:
-    """Compile the kernel as the case would launch it, for compute capability ``arch / 10``.
-
-    Raises what Triton raises if it does not compile; IsokernError if the compiler's report cannot be read.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from .kernel import recurrent
-
-    signature, fixed, attributes = _specialised(spec, config, recurrent)
-    source = ASTSource(fn=recurrent, signature=signature, constexprs=fixed, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
-    return _report(compiled.asm["cubin"], int(compiled.metadata.shared))
-
-
-def _specialised(spec: CaseSpec, config: Config, kernel: Any) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
-    """Types, compile-time values and divisibilities, by the rules the launch itself follows."""
-    call = canonical_call(**make_inputs(spec).kwargs)
-    out = torch.empty_like(call.v, dtype=call.q.dtype)
-    names = list(kernel.arg_names)
-    unspecialised = {p.name for p in kernel.params if p.do_not_specialize}
-    fixed: dict[str, Any] = dict(constants(problem_of(spec), config))
-    types: dict[str, str] = dict.fromkeys(REALS, "fp32")
-    divisible = []
-    for name, tensor in zip(POINTERS, pointers(call, out), strict=True):
-        if tensor is None:
-            fixed[name] = None
-        else:
-            types[name] = _TYPES[tensor.dtype]
-            divisible.append(name)  # allocations are aligned
-    for name, value in zip(INTEGERS, integers(call, out), strict=True):
-        types[name] = "i32"
-        if name not in unspecialised:
-            if value == 1:
-                fixed[name] = 1
-            elif value % 16 == 0:
-                divisible.append(name)
-    signature = {name: "constexpr" if name in fixed else types[name] for name in names}
-    return signature, fixed, {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-
-
-def _report(cubin: bytes, shared: int) -> Resources:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=False, timeout=60
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    if found is None:
-        raise IsokernError(f"cuobjdump reports no registers: {done.stdout.strip()} {done.stderr.strip()}")
-    return Resources(int(found[1]), int(found[2]), shared)
-
-
-def load_table() -> tuple[str, dict[tuple[str, int, str], Resources]]:
+def load_table() -> tuple[str, dict[_Key, Resources]]:
     """The Triton version of the checked-in table, and its rows by (problem, architecture, config label)."""
     data = json.loads(TABLE.read_text())
     listed = {
@@ -179,54 +82,91 @@ def fingerprint() -> str:
 
 
 def rows() -> Iterator[tuple[str, CaseSpec, int, Config]]:
-    """What the table has rows for."""
+    """What the table has rows for: every config of every problem for every architecture."""
     for name, spec in PROBLEMS.items():
         for arch in ARCHITECTURES:
-            for config in configs(problem_of(spec))[: _SAMPLED.get(name)]:
+            for config in configs(problem_of(spec)):
                 yield name, spec, arch, config
 
 
-def main(write: bool = typer.Option(False, "--write", help="rewrite the table instead of comparing with it")) -> None:
-    """Compile every config of every problem for every architecture."""
-    from importlib.metadata import version
+def compile_rows(processes: int) -> dict[_Key, Resources]:
+    """Compile all of :func:`rows`, in this many processes; say each row as it is done.
 
-    table: dict[str, dict[str, dict[str, list[int]]]] = {}
-    for name, spec, arch, config in rows():
-        made = compile_config(spec, config, arch)
-        typer.echo(f"{name}, sm_{arch}, {config.label}: {made}")
-        table.setdefault(name, {}).setdefault(f"sm_{arch}", {})[config.label] = made.to_list()
+    Raises what :func:`compile_config` raises; rows compiled before that are found again by the next run.
+    """
+    work = {(name, arch, config.label): (spec, config, arch) for name, spec, arch, config in rows()}
+    folder = Path(tempfile.gettempdir()) / f"isokern-triton-resources-{_key()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    kept = folder / "rows.jsonl"
+    made = _kept(kept)
+    todo = [key for key in work if key not in made]
+    # Triton's own cache starts empty with the sources that this run is for.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _cache_in, (str(folder / "triton"),))
+    with pool, kept.open("a") as file:
+        futures = {pool.submit(compile_config, *work[key]): key for key in todo}
+        try:
+            for future in as_completed(futures):
+                key = futures[future]
+                made[key] = future.result()
+                file.write(json.dumps([*key, *made[key].to_list()]) + "\n")
+                file.flush()
+                typer.echo(f"{len(made)} of {len(work)}: {key[0]}, sm_{key[1]}, {key[2]}: {made[key]}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    shutil.rmtree(folder)
+    return {key: made[key] for key in work}
+
+
+def _key() -> str:
+    """Of what decides the rows: the kernel's sources, how they are compiled here, and Triton's version."""
+    here = Path(__file__)
+    return fingerprint_files((here, here.with_name("usage.py")), {"kernel": fingerprint(), "triton": version("triton")})
+
+
+def _kept(file: Path) -> dict[_Key, Resources]:
+    """Rows of an earlier run, without the last line if an interruption cut it."""
+    file.touch()
+    text, newline, _ = file.read_text().rpartition("\n")
+    os.truncate(file, len(text + newline))
+    rows_made = map(json.loads, text.splitlines())
+    return {(name, arch, label): Resources(*numbers) for name, arch, label, *numbers in rows_made}
+
+
+def _cache_in(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def main(
+    write: bool = typer.Option(False, "--write", help="rewrite the table instead of comparing with it"),
+    processes: int = typer.Option(2, min=1, help="how many compile at once"),
+) -> None:
+    """Compile every config of every problem for every architecture."""
+    made = compile_rows(processes)
     if write:
-        data = {
-            "fingerprint": fingerprint(),
-            "columns": ["registers", "spilled", "shared"],
-            "triton": version("triton"),
-            "problems": table,
-        }
-        one_row_a_line = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(data, indent=1))
-        TABLE.write_text(one_row_a_line + "\n")
+        TABLE.write_text(_text(made))
         return
     known, listed = load_table()
-    different = [key for key, made in _flat(table) if listed.get(key) != made and known == version("triton")]
-    missing = set(listed) - {key for key, _ in _flat(table)}
-    if different or missing:
-        raise typer.Exit(_complain(different, missing))
-
-
-def _flat(table: dict[str, dict[str, dict[str, list[int]]]]) -> list[tuple[tuple[str, int, str], Resources]]:
-    return [
-        ((problem, int(arch.removeprefix("sm_")), label), Resources(*numbers))
-        for problem, by_arch in table.items()
-        for arch, by_config in by_arch.items()
-        for label, numbers in by_config.items()
-    ]
-
-
-def _complain(different: list[tuple[str, int, str]], missing: set[tuple[str, int, str]]) -> int:
+    different = [key for key, row in made.items() if listed.get(key) != row and known == version("triton")]
     for key in different:
         typer.echo(f"differs from the table: {key}", err=True)
-    for key in sorted(missing):
+    missing = sorted(set(listed) - set(made))
+    for key in missing:
         typer.echo(f"in the table only: {key}", err=True)
-    return 1
+    if different or missing:
+        raise typer.Exit(1)
+
+
+def _text(made: dict[_Key, Resources]) -> str:
+    table: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for (name, arch, label), row in made.items():
+        table.setdefault(name, {}).setdefault(f"sm_{arch}", {})[label] = row.to_list()
+    data = {
+        "fingerprint": fingerprint(),
+        "columns": ["registers", "spilled", "shared"],
+        "triton": version("triton"),
+        "problems": table,
+    }
+    return re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(data, indent=1)) + "\n"
 
 
 if __name__ == "__main__":

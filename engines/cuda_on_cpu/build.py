@@ -24,6 +24,7 @@ _COMMON = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "
 _KERNEL = (
     *_COMMON,
     "-fno-strict-aliasing",
+    "-fno-thread-jumps",  # a barrier in two copies would look like two barriers
     "-fvisibility=hidden",
     "-Wno-attributes",
     "-Wno-unknown-pragmas",

@@ -24,8 +24,15 @@ constexpr size_t STACK = 256 << 10, PAGE = 4096;
 
 enum class State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
 
+// What a thread waits for: __syncthreads (name 0) is the same for all only at one place, a named barrier at any.
+struct Barrier {
+  unsigned name, count;
+  const void* place;
+};
+
 struct Fiber {
   State state = State::DONE;
+  Barrier barrier;        // of the block, that it waits at
   unsigned mask = 0;      // of the warp barrier it waits at
   bool orders = false;    // that barrier orders memory: __syncwarp does, a shuffle does not
   bool started = false;   // its stack holds a frame to return to
@@ -141,6 +148,25 @@ void run_warps() {
   }
 }
 
+// Every thread waits at a barrier of the block. Unless it is one barrier, each waits for something else.
+void check_barriers() {
+  const Barrier& first = fibers[0].barrier;
+  if (first.count != threads) {
+    describe("barrier %u is for %u threads, the block has %u", first.name, first.count, threads);
+    stop(DIVERGED);
+  }
+  for (unsigned i = 1; i < threads; i++) {
+    const Barrier& other = fibers[i].barrier;
+    if (other.name == first.name && other.count == first.count && other.place == first.place) continue;
+    if (other.name || first.name)
+      describe("thread 0 waits at barrier %u of %u threads, thread %u at barrier %u of %u", first.name, first.count, i,
+               other.name, other.count);
+    else
+      describe("threads 0 and %u wait at __syncthreads in different branches", i);
+    stop(DIVERGED);
+  }
+}
+
 void run_block() {
   for (unsigned i = 0; i < threads; i++) {
     fibers[i].state = State::READY;
@@ -163,9 +189,11 @@ void run_block() {
     }
     if (done == threads) return;
     if (stuck || done) {
-      describe("%u threads wait at __syncthreads, %u at a warp operation, %u have returned", waiting, stuck, done);
+      describe("%u threads wait at __syncthreads or by name, %u at a warp operation, %u have returned", waiting, stuck,
+               done);
       stop(DIVERGED);
     }
+    check_barriers();
     block_epoch++;
     for (unsigned i = 0; i < threads; i++) fibers[i].state = State::READY;
   }
@@ -226,7 +254,14 @@ class Signals {
 
 }  // namespace
 
-void block_barrier() { wait_as(State::AT_BLOCK_BARRIER); }
+static void meet_block(const Barrier& barrier) {
+  fibers[running].barrier = barrier;
+  wait_as(State::AT_BLOCK_BARRIER);
+}
+
+void block_barrier() { meet_block({0, threads, __builtin_return_address(0)}); }
+
+void named_barrier(unsigned name, unsigned count) { meet_block({name, count, nullptr}); }
 
 static void meet_lanes(unsigned mask, bool orders) {
   if (!(mask >> now.lane & 1)) {

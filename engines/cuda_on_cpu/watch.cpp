@@ -3,7 +3,7 @@
 // The kernel's module is compiled with -fsanitize=thread, which puts a call in front of every access; the functions
 // called are the ones below, not the sanitizer's library. Addresses are checked per byte against the tensors given
 // (gaps between strided elements are not part of them), races against an exact happens-before: within a block
-// __syncthreads and __syncwarp order accesses, between blocks nothing does.
+// __syncthreads, named barriers and __syncwarp order accesses, between blocks nothing does.
 #include "cuda_on_cpu.h"
 #include "scheduler.h"
 

@@ -101,6 +101,52 @@ class TestWhatItComputes:
             assert torch.equal(out, x.to(dtype))
 
 
+#: Two roles, a warp each: one fills a stage for the other and waits until it has been read.
+ROLES = """
+  __shared__ float s[32];
+  const int t = threadIdx.x % 32;
+  for (int i = 0; i < 3; i++) {
+    if (threadIdx.x < 32) { s[t] = x[32 * i + t]; FIRST }
+    else { SECOND out[32 * i + t] = 2 * s[31 - t]; }
+    __syncthreads();
+  }
+"""
+
+
+def roles(first: str, second: str) -> CpuRawKernel:
+    return kernel(ROLES.replace("FIRST", first).replace("SECOND", second))
+
+
+class TestNamedBarriers:
+    BARRIER = "meet_by_name<3, 64>();"
+
+    def test_branches_meet_and_memory_is_ordered_under_every_schedule(self):
+        run = roles(self.BARRIER, self.BARRIER)
+        x = torch.randn(96)
+        for _, active in ENGINE.schedules():
+            out = torch.zeros(96)
+            with active():
+                run((1,), (64,), (x, out))
+                watched(run, 64, x=x, out=torch.zeros(96))
+            assert torch.equal(out, 2 * x.view(3, 32).flip(1).flatten())
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            ("__syncthreads();", "__syncthreads();", "different branches"),
+            (BARRIER, "__syncthreads();", "barrier 3 of 64 threads, thread 32 at barrier 0"),
+            (BARRIER, "meet_by_name<4, 64>();", "thread 32 at barrier 4"),
+            (BARRIER, "meet_by_name<3, 96>();", "barrier 3 of 96"),
+            (BARRIER, f"if (i < 2) {BARRIER} else return;", "32 have returned"),
+            ("meet_by_name<3, 32>();", "meet_by_name<3, 32>();", "for 32 threads, the block has 64"),
+        ],
+        ids=["no name", "one name", "two names", "two counts", "one skipped", "half a block"],
+    )
+    def test_those_that_differ_never_meet(self, first, second, message):
+        with pytest.raises(DivergenceError, match=message):
+            roles(first, second)((1,), (64,), (torch.zeros(96), torch.zeros(96)))
+
+
 class TestWhatItRefuses:
     def test_unwritten_shared_memory_is_nan(self):
         out = torch.zeros(1)

@@ -67,7 +67,15 @@ def test_nothing_is_found_without_a_fault(config):
     assert not any(found_by(means, SPEC, right) for means in ("values", "error", "watch"))
 
 
+def test_helpers_and_the_others_meet_whatever_the_number_of_windows():
+    """A window holds 8 tokens here: none, parts of one, whole ones, and one token more, in one launch."""
+    spec = SPEC.but(lengths=(0, 1, 7, 8, 9, 16, 17, 24, 25), padded=())
+    right = runner(spec, HELPED, "meet();", "meet();")
+    assert not any(found_by(means, spec, right) for means in ("values", "error", "watch"))
+
+
 _EMPTY = "if (it.length <= 0) return;"
+_MEET = "meet_by_name<1, Shape::THREADS>();"
 FAULTS: dict[str, tuple[Config, str, str, str]] = {
     "no barrier between windows": (
         STAGED,
@@ -81,6 +89,14 @@ FAULTS: dict[str, tuple[Config, str, str, str]] = {
         "fetcher.fetch(done + count, ahead);\n    if (COMPUTES) meet();",
         "error",
     ),
+    "helpers that meet the others at __syncthreads": (HELPED, _MEET, "__syncthreads();", "error"),
+    "helpers that go by another name": (
+        HELPED,
+        "fetcher.fetch(done + count, ahead);\n    meet();",
+        "fetcher.fetch(done + count, ahead);\n    if (COMPUTES) meet();\n    else meet_by_name<2, Shape::THREADS>();",
+        "error",
+    ),
+    "a barrier that does not count the helpers": (HELPED, _MEET, "meet_by_name<1, 32 * Shape::WARPS>();", "error"),
     "one window instead of two": (
         STAGED,
         "fetcher.finish(stages[side ^ 1], ahead)",
@@ -124,8 +140,8 @@ FAULTS: dict[str, tuple[Config, str, str, str]] = {
     "two blocks on one head": (STAGED, "hv = blockIdx.x / Shape::TILES,", "hv = 0,", "watch"),
     "32-bit slot offsets": (
         STAGED,
-        "(T*)s.data + slot * s.slot",
-        "(T*)s.data + (int)slot * 1000000 * (int)s.slot",
+        "(T*)data + slot * s.slot",
+        "(T*)data + (int)slot * 1000000 * (int)s.slot",
         "error",
     ),
 }

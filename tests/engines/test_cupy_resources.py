@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 from isokern.backends.cupy import resources
+from isokern.backends.cupy.compiling import CupyCompiler
 from isokern.backends.cupy.resources import ARCHES, TABLE
+from isokern.backends.launch.compiler import Variant
 
 ENTRIES = json.loads(TABLE.read_text())
 
@@ -52,3 +57,17 @@ def test_compiling_again_gives_the_same_numbers(arch):
     (listed,) = (e for e in ENTRIES["entries"] if (e["problem"], e["config"], e["arch"]) == (name, config.label, arch))
     assert (usage.spills, usage.shared) == (listed["spills"], listed["shared"])
     assert abs(usage.registers - listed["registers"]) <= 8  # another NVRTC may allocate a little differently
+
+
+def test_roles_in_different_branches_meet_by_name_and_nobody_else_does(tmp_path):
+    import triton
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    staged = [s for name, _, s in resources.rows() if name == "sequences, fp32 kv" and s.staged and s.threads > 32]
+    for roles in (True, False):
+        specialization = next(s for s in staged if bool(s.helpers) is roles)
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(CupyCompiler(specialization, 90).image(Variant(None, wide=True)).code)
+        code = subprocess.run([disassembler, "-c", file], capture_output=True, text=True, check=True, timeout=60).stdout
+        met = set(re.findall(r"\bBAR\.SYNC[.\w]* (.*?) ;", code))
+        assert met == {f"0x1, {specialization.threads:#x}" if roles else "0x0"}

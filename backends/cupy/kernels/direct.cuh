@@ -27,19 +27,19 @@ template <bool WIDE> class Reader {  // of a sequence's tokens, one after anothe
 
   static __device__ __forceinline__ unsigned misaligned(const Arguments& p) {
     unsigned bits = 0;
-    if constexpr (KEYS_FIT) bits |= Chunk::misaligned(p.q.data, p.q.batch | p.q.time | p.q.head);
-    if constexpr (KEYS_FIT) bits |= Chunk::misaligned(p.k.data, p.k.batch | p.k.time | p.k.head);
-    if constexpr (ROWS_FIT) bits |= Rows::misaligned(p.v.data, p.v.batch | p.v.time | p.v.head);
+    if constexpr (KEYS_FIT) bits |= Chunk::misaligned(p.data.q, p.q.batch | p.q.time | p.q.head);
+    if constexpr (KEYS_FIT) bits |= Chunk::misaligned(p.data.k, p.k.batch | p.k.time | p.k.head);
+    if constexpr (ROWS_FIT) bits |= Rows::misaligned(p.data.v, p.v.batch | p.v.time | p.v.head);
     return bits;
   }
 
   __device__ __forceinline__ Reader(const Arguments& p, const Sequence& it, const Place& at) : p_(p), at_(at) {
     const int64 key = key_of(at.lane, 0, 0);
-    q_ = it.begin<const Io>(p.q, it.head) + key * element(p.q);
-    k_ = it.begin<const Io>(p.k, it.head) + key * element(p.k);
-    v_ = it.begin<const Io>(p.v, it.hv) + at.row * element(p.v);
-    a_ = it.begin<const A_TYPE>(p.a, it.hv);
-    b_ = it.begin<const B_TYPE>(p.b, it.hv);
+    q_ = it.begin<const Io>(p.data.q, p.q, it.head) + key * element(p.q);
+    k_ = it.begin<const Io>(p.data.k, p.k, it.head) + key * element(p.k);
+    v_ = it.begin<const Io>(p.data.v, p.v, it.hv) + at.row * element(p.v);
+    a_ = it.begin<const A_TYPE>(p.data.a, p.a, it.hv);
+    b_ = it.begin<const B_TYPE>(p.data.b, p.b, it.hv);
   }
 
   __device__ __forceinline__ void next(Token& token) {

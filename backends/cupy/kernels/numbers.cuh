@@ -6,7 +6,7 @@ struct bfloat16 { unsigned short bits; };
 struct float16 { unsigned short bits; };
 
 // What C++ and the CUDA intrinsics cannot say without a toolkit header is one PTX instruction each. A host
-// compiler that plays the GPU defines CUDA_ON_CPU and brings the same three conversions.
+// compiler that plays the GPU defines CUDA_ON_CPU and brings the three conversions and the barrier.
 #ifndef CUDA_ON_CPU
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
   float x;
@@ -35,6 +35,12 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, co
                  : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Wait until THREADS threads, of whole warps, have come to barrier NAME (1 to 15; 0 is that of __syncthreads), wherever
+// in the program each of them does. Orders memory among them.
+template <int NAME, int THREADS> __device__ __forceinline__ void meet_by_name() {
+  asm volatile("barrier.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
 #else
 template <int BYTES> inline void copy_async(void* shared, const void* global, bool live) {
   for (int w = 0; w < BYTES / 4; w++) ((unsigned*)shared)[w] = live ? ((const unsigned*)global)[w] : 0;

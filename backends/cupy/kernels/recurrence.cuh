@@ -6,7 +6,7 @@ class Outputs {  // of the rows whose sums this lane ends up with
   __device__ __forceinline__ Outputs(const Arguments& p, const Sequence& it, const Place& at)
       : time_(p.out.time), element_(Shape::UNIT ? 1 : p.out.element) {
     const int row = Scattered::row(at.lane);
-    next_ = it.begin<Io>(p.out, it.hv) + (at.row + row) * element_;
+    next_ = it.begin<Io>(p.data.out, p.out, it.hv) + (at.row + row) * element_;
 #pragma unroll
     for (int i = 0; i < Scattered::COUNT; i++) mine_[i] = Scattered::writes(at.lane) && at.has(row + i);
   }
@@ -34,8 +34,8 @@ template <bool WIDE> class Recurrence {
 
   __device__ __forceinline__ Recurrence(const Arguments& p, const Sequence& it, const Place& at)
       : outputs(p, it, at), p_(p), it_(it), at_(at) {
-    start_ = it.state<const State>(p.pool, it.source);
-    steps_ = it.state<Step>(p.steps, it.buffer);
+    start_ = it.state<const State>(p.data.pool, p.pool, it.source);
+    steps_ = it.state<Step>(p.data.steps, p.steps, it.buffer);
   }
 
   // Ask for the state; it is there after arrive().
@@ -51,7 +51,7 @@ template <bool WIDE> class Recurrence {
   __device__ __forceinline__ void enter(int64 t) {
     if constexpr (Shape::VERIFY == Shape::TREE) {
       if (it_.buffer < 0 || t == 0) return;
-      const int64 parent = index_at<PARENT_INDEX, INPUT>(p_.parents, it_.n * p_.parent_stride + t);
+      const int64 parent = index_at<PARENT_INDEX, INPUT>(p_.data.parents, it_.n * p_.parent_stride + t);
       if (parent >= 0) load_state<WIDE, STATE>(S, (const Step*)steps_ + parent * p_.steps.step, p_.steps, at_, true);
       else load<STATE>();
     }
@@ -95,7 +95,8 @@ template <bool WIDE> class Recurrence {
 
   __device__ __forceinline__ void save() const {
     if constexpr (Shape::WRITE)
-      if (it_.target >= 0) store_state<WIDE, POOL>(S, it_.state<State>(p_.pool, it_.target), p_.pool, at_);
+      if (it_.target >= 0)
+        store_state<WIDE, POOL>(S, it_.state<State>(p_.data.pool, p_.pool, it_.target), p_.pool, at_);
   }
 
  private:

@@ -122,8 +122,11 @@ template <bool WIDE> class Walk {  // through a sequence, window by window
   int64 done_ = 0;
 };
 
-__device__ __forceinline__ void meet() {  // everyone who shares the stages
+// Everyone who shares the stages. Helpers and the others come here in different branches, where __syncthreads may not
+// be met: it belongs to a place in the program. A barrier with a name and a count does not.
+__device__ __forceinline__ void meet() {
   if constexpr (Shape::THREADS == 32) __syncwarp();
+  else if constexpr (Shape::HELPERS != 0) meet_by_name<1, Shape::THREADS>();
   else __syncthreads();
 }
 
@@ -171,8 +174,8 @@ template <bool STAGED> __device__ __forceinline__ unsigned misaligned(const Argu
   unsigned bits = 0;
   if constexpr (STAGED) bits |= Fetcher<STAGED>::misaligned(p);
   else bits |= Reader<!STAGED>::misaligned(p);
-  if constexpr (Shape::READ) bits |= Share<State>::misaligned(p.pool);
-  if constexpr (Shape::VERIFY != Shape::NONE) bits |= Share<Step>::misaligned(p.steps);
+  if constexpr (Shape::READ) bits |= Share<State>::misaligned(p.data.pool, p.pool);
+  if constexpr (Shape::VERIFY != Shape::NONE) bits |= Share<Step>::misaligned(p.data.steps, p.steps);
   return bits;
 }
 

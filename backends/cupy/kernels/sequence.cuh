@@ -10,22 +10,22 @@ struct Sequence {
   __device__ __forceinline__ Sequence(const Arguments& p, int64 n)
       : n(n), batch(n), first(0), length(p.length), source(-1), target(-1), buffer(-1) {
     hv = blockIdx.x / Shape::TILES, tile = blockIdx.x % Shape::TILES, head = hv / Shape::SHARING;
-    if constexpr (Shape::READ) source = index_at<SLOT_INDEX>(p.read, n);
+    if constexpr (Shape::READ) source = index_at<SLOT_INDEX>(p.data.read, n);
     if constexpr (Shape::VARLEN) {
       batch = 0;
-      first = index_at<CU_INDEX>(p.cu_seqlens, n);
-      length = index_at<CU_INDEX>(p.cu_seqlens, n + 1) - first;
+      first = index_at<CU_INDEX>(p.data.cu_seqlens, n);
+      length = index_at<CU_INDEX>(p.data.cu_seqlens, n + 1) - first;
     }
-    if constexpr (Shape::WRITE) target = Shape::IN_PLACE ? source : index_at<SLOT_INDEX>(p.write, n);
-    if constexpr (Shape::VERIFY != Shape::NONE) buffer = index_at<ROW_INDEX>(p.rows, n);
+    if constexpr (Shape::WRITE) target = Shape::IN_PLACE ? source : index_at<SLOT_INDEX>(p.data.write, n);
+    if constexpr (Shape::VERIFY != Shape::NONE) buffer = index_at<ROW_INDEX>(p.data.rows, n);
   }
 
   // Where one of the tensors has the first token of a head.
-  template <class T> __device__ __forceinline__ T* begin(const Tokens& x, int h) const {
-    return (T*)x.data + batch * x.batch + first * x.time + h * x.head;
+  template <class T> __device__ __forceinline__ T* begin(const void* data, const Tokens& x, int h) const {
+    return (T*)data + batch * x.batch + first * x.time + h * x.head;
   }
-  template <class T> __device__ __forceinline__ T* state(const States& s, int64 slot) const {
-    return (T*)s.data + slot * s.slot + hv * s.head;
+  template <class T> __device__ __forceinline__ T* state(void* data, const States& s, int64 slot) const {
+    return (T*)data + slot * s.slot + hv * s.head;
   }
 };
 
@@ -36,8 +36,8 @@ constexpr int ROUNDS = (Shape::KEYS + 127) / 128;
 class HeadGates {
  public:
   __device__ __forceinline__ HeadGates(const Arguments& p, int hv, int lane) {
-    A_log_.template load<false, AT_ONCE>((const A_LOG_TYPE*)p.A_log.data + hv * p.A_log.head, 1, 1);
-    const BIAS_TYPE* const bias = (const BIAS_TYPE*)p.dt_bias.data + hv * p.dt_bias.head;
+    A_log_.template load<false, AT_ONCE>((const A_LOG_TYPE*)p.data.A_log + hv * p.A_log.head, 1, 1);
+    const BIAS_TYPE* const bias = (const BIAS_TYPE*)p.data.dt_bias + hv * p.dt_bias.head;
 #pragma unroll
     for (int s = 0; s < COUNT; s++) {
       const int k = Shape::KDA ? 4 * lane + 128 * s : 0;

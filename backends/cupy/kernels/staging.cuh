@@ -34,17 +34,18 @@ template <bool WIDE> class Fetcher {
 
   static __device__ __forceinline__ unsigned misaligned(const Arguments& p) {
     unsigned bits = 0;
-    if constexpr (FIT) bits |= Raw<Io, 4>::misaligned(p.q.data, p.q.batch | p.q.time | p.q.head);
-    if constexpr (FIT) bits |= Raw<Io, 4>::misaligned(p.k.data, p.k.batch | p.k.time | p.k.head);
-    if constexpr (A_FIT) bits |= Raw<A_TYPE, 4>::misaligned(p.a.data, p.a.batch | p.a.time | p.a.head);
+    if constexpr (FIT) bits |= Raw<Io, 4>::misaligned(p.data.q, p.q.batch | p.q.time | p.q.head);
+    if constexpr (FIT) bits |= Raw<Io, 4>::misaligned(p.data.k, p.k.batch | p.k.time | p.k.head);
+    if constexpr (A_FIT) bits |= Raw<A_TYPE, 4>::misaligned(p.data.a, p.a.batch | p.a.time | p.a.head);
     return bits;
   }
 
   __device__ __forceinline__ Fetcher(const Arguments& p, const Sequence& it, const HeadGates& gates, int stager,
                                      int lane)
       : p_(p), gates_(gates), stager_(stager), lane_(lane), v_row_(it.tile * Shape::TILE + lane) {
-    q_ = it.begin<const Io>(p.q, it.head), k_ = it.begin<const Io>(p.k, it.head), v_ = it.begin<const Io>(p.v, it.hv);
-    a_ = it.begin<const A_TYPE>(p.a, it.hv), b_ = it.begin<const B_TYPE>(p.b, it.hv);
+    q_ = it.begin<const Io>(p.data.q, p.q, it.head), k_ = it.begin<const Io>(p.data.k, p.k, it.head);
+    v_ = it.begin<const Io>(p.data.v, p.v, it.hv);
+    a_ = it.begin<const A_TYPE>(p.data.a, p.a, it.hv), b_ = it.begin<const B_TYPE>(p.data.b, p.b, it.hv);
   }
 
   // Start loading tokens [at, at + count) of the sequence; count <= WINDOW.

@@ -20,8 +20,8 @@ template <class T> struct Share {
   using Vector = Raw<T, LENGTH>;
   static constexpr bool FIT = Shape::UNIT && (Shape::VK ? Shape::K : Shape::V) % LENGTH == 0;  // for WIDE accesses
 
-  static __device__ __forceinline__ unsigned misaligned(const States& s) {
-    return FIT ? Vector::misaligned(s.data, s.slot | s.step | s.head) : 0;
+  static __device__ __forceinline__ unsigned misaligned(const void* data, const States& s) {
+    return FIT ? Vector::misaligned(data, s.slot | s.step | s.head) : 0;
   }
 
   // Calls visit(r, i, e, offset, step, count) for every vector: its first element is (r, i, e) of the share and lies

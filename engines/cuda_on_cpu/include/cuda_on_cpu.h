@@ -3,10 +3,10 @@
 // Threads are fibers of one operating-system thread: a thread runs until it meets a barrier or a shuffle, then another
 // one does. Blocks run one after another. See runtime.cpp for who runs when, watch.cpp for what they may touch.
 //
-// Supported: 1-D to 3-D grids, static and dynamic shared memory, __syncthreads, __syncwarp, the four shuffles, votes,
-// atomicAdd, the common intrinsics, vector types. Not supported: inline PTX, tensor cores, asynchronous copies,
-// clusters, textures, and anything in which blocks wait for each other. A kernel asks for CUDA_ON_CPU where it needs
-// another spelling.
+// Supported: 1-D to 3-D grids, static and dynamic shared memory, __syncthreads, named barriers of a whole block,
+// __syncwarp, the four shuffles, votes, atomicAdd, the common intrinsics, vector types. Not supported: inline PTX,
+// tensor cores, asynchronous copies, barriers of a part of a block, clusters, textures, and anything in which blocks
+// wait for each other. A kernel asks for CUDA_ON_CPU where it needs another spelling.
 #pragma once
 
 #include <cmath>
@@ -56,7 +56,8 @@ struct Now {
 };
 extern Now now;
 
-void block_barrier();
+void block_barrier();  // all threads at one place in the program, which is where this is called from
+void named_barrier(unsigned name, unsigned count);  // all threads, `count` of them, wherever each of them is
 void warp_barrier(unsigned mask);
 void* dynamic_shared();
 // Every lane of the mask hands over 8 bytes and gets those of lane `from` of its warp.
@@ -120,7 +121,11 @@ extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
 #define gridDim (cuda_on_cpu::now.grid_size)
 #define warpSize 32
 
-inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
+__forceinline__ void __syncthreads() { cuda_on_cpu::block_barrier(); }  // inlined: its place is the caller's
+template <int NAME, int THREADS> inline void meet_by_name() {
+  static_assert(NAME > 0 && NAME < 16 && THREADS % 32 == 0, "a name that is not __syncthreads', and whole warps");
+  cuda_on_cpu::named_barrier(NAME, THREADS);
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::warp_barrier(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}

@@ -308,6 +308,8 @@ class _Tree:
         from .dtypes import dtype_name, unit_roundoff
 
         assert call.intermediates is not None
+        assert call.parents is not None
+        assert call.intermediate_rows is not None
         table = call.parents.tolist()
         rows = call.intermediate_rows.tolist()
         name = dtype_name(call.intermediates.dtype)

@@ -1,4 +1,4 @@
-"""Compiling ahead of measuring, in processes that see no GPU: what is timed later shares the machine with nobody.
+"""Compiling ahead of measuring, in processes that see no GPU.
 
 Kernels go where the backends' own caches find them. What fails here fails again when the candidate is bound, and gets
 its verdict there.
@@ -6,31 +6,35 @@ its verdict there.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from queue import Empty, Queue, SimpleQueue
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Self
 
 from .candidates import Candidate
-from .progress import Progress
 from .recipe import ProblemRecipe
 from .tuner import Task
 from .worker import CandidateFailure, Limits, Worker, WorkerError
 
-__all__ = ["Compilation", "compilations", "compile_ahead", "processors"]
+__all__ = ["Compilation", "Compilers", "compilations", "processors"]
 
 #: For the compiler processes: no GPU. A kernel is compiled for the architecture that its problem names.
 _BLIND = {"CUDA_VISIBLE_DEVICES": ""}
-#: Seconds between looks at whether anyone still works.
-_LOOK_S = 1.0
+#: Processors left to the processes that examine and time, and to the one that directs them.
+_OTHERS = 3
+
+
+def processors() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """One candidate's kernels for problems that differ in their lengths at most: mostly the same few kernels.
+    """One candidate's kernels for problems that mostly share them.
 
     Done one after another in one process, so that no kernel is compiled twice at a time.
     """
@@ -40,86 +44,113 @@ class Compilation:
     arch: int
 
 
-def processors() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def compilations(fields: Iterable[tuple[Task, Sequence[Candidate]]]) -> list[Compilation]:
-    """What is to be compiled for these problems and their candidates; launch modes share their kernels."""
+    """What is to be compiled for these problems and their candidates, in their order; launch modes share kernels."""
     shared: dict[tuple[str, Any], tuple[Candidate, int, dict[Any, ProblemRecipe]]] = {}
     for task, candidates in fields:
         problem, recipe = task.problem, replace(task.recipe, mode="eager")
-        family = replace(problem, mode="eager", profile=None)
+        one_token = problem.profile.longest == 1
+        # What kernels are rarely specialised on: how much there is of everything.
+        family = (one_token, replace(problem, mode="eager", profile=None, h=0, hv=0))
         for candidate in candidates:
             _, _, recipes = shared.setdefault((candidate.name, family), (candidate, problem.arch, {}))
             recipes[recipe.case] = recipe
     return [Compilation(candidate, tuple(recipes.values()), arch) for candidate, arch, recipes in shared.values()]
 
 
-def compile_ahead(
-    work: Sequence[Compilation], jobs: int, limits: Limits | None = None, progress: Progress | None = None
-) -> int:
-    """Do ``work`` in ``jobs`` processes. Returns how many of it failed; each failure is noted.
+class Compilers:
+    """Processes that compile, and live until :meth:`close`; none before there is work.
 
-    An interruption ends the processes.
+    Args:
+        jobs: how many; None: as many as there are processors for.
 
-    Raises:
-        WorkerError: a process cannot be started.
+    Attributes: ``failures``, a line for everything that did not compile.
     """
-    progress, limits = progress or Progress(), limits or Limits()
-    jobs = min(jobs, len(work))
-    if not jobs:
-        return 0
-    progress.stage("compile", len(work))
-    crew = [Worker("cpu", 1, limits, environment=_BLIND) for _ in range(jobs)]
-    waiting: Queue[Compilation] = Queue()
-    for one in work:
-        waiting.put(one)
-    reports: SimpleQueue[tuple[str, str]] = SimpleQueue()
-    failed = 0
-    with ThreadPoolExecutor(jobs, thread_name_prefix="compile") as pool:
-        try:
-            running = [pool.submit(_drain, worker, waiting, reports) for worker in crew]
-            for _ in work:
-                while (report := _next(reports)) is None:
-                    if all(thread.done() for thread in running) and reports.empty():
-                        running[0].result()  # none is left that works: its reason
-                        raise WorkerError("the compiler processes are gone")
-                name, failure = report
-                if failure:
-                    failed += 1
-                    progress.note(f"{name}: not compiled ahead: {failure}")
-                progress.advance(name)
-        finally:
-            while not waiting.empty():
-                with contextlib.suppress(Empty):
-                    waiting.get_nowait()
-            for worker in crew:
-                worker.end()  # a thread that waits for its answer goes on, and finds nothing more to do
-    return failed
 
+    def __init__(self, jobs: int | None = None, limits: Limits | None = None) -> None:
+        self._jobs = jobs or max(1, processors() - _OTHERS)
+        self._limits = limits or Limits()
+        self._work: SimpleQueue[Compilation | None] = SimpleQueue()
+        self._crew: list[Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._pending: Counter[Any] = Counter()  # compilations not done, by case
+        self._broken: WorkerError | None = None
+        self._closed = False
+        self.failures: list[str] = []
 
-def _next(reports: SimpleQueue[tuple[str, str]]) -> tuple[str, str] | None:
-    try:
-        return reports.get(timeout=_LOOK_S)
-    except Empty:
-        return None
+    def submit(self, work: Sequence[Compilation]) -> None:
+        """Have this done, after what was submitted before."""
+        with self._changed:
+            self._pending.update(recipe.case for one in work for recipe in one.recipes)
+        for one in work:
+            self._work.put(one)
+        for _ in range(min(self._jobs, len(work)) - len(self._threads)):
+            worker = Worker("cpu", 1, self._limits, environment=_BLIND)
+            thread = threading.Thread(target=self._serve, args=(worker,), name="compiler", daemon=True)
+            self._crew.append(worker)
+            self._threads.append(thread)
+            thread.start()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        with self._changed:
+            return not +self._pending
 
-def _drain(worker: Worker, waiting: Queue[Compilation], reports: SimpleQueue[tuple[str, str]]) -> None:
-    """In a thread: have ``worker`` do what there is, until there is no more."""
-    with worker:
-        while True:
-            try:
-                work = waiting.get_nowait()
-            except Empty:
-                return
-            problems = [recipe.to_dict() for recipe in work.recipes]
-            limit = worker.limits.bind * len(problems)
-            failure = ""
-            try:
-                worker.request("compile", limit, **work.candidate.to_request(), problems=problems, arch=work.arch)
-            except CandidateFailure as failed:
-                failure = str(failed)
-            reports.put((work.candidate.name, failure))
+    def wait(self, task: Task | None = None) -> None:
+        """Until all that was submitted for ``task`` is done; None: all there is.
+
+        Raises:
+            WorkerError: no process can be started.
+        """
+        with self._changed:
+            while self._pending[task.recipe.case] if task else +self._pending:
+                if self._broken is not None:
+                    raise self._broken
+                # With a limit, so that signals are seen.
+                self._changed.wait(0.2)
+
+    def close(self) -> None:
+        """End the processes; what they are at is left undone. Idempotent."""
+        self._closed = True
+        for _ in self._threads:
+            self._work.put(None)
+        for worker in self._crew:
+            worker.end()  # its thread, which waits for the answer, goes on
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self._crew.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _serve(self, worker: Worker) -> None:
+        """In a thread: have ``worker`` do what there is."""
+        with worker:
+            while not self._closed and (work := self._work.get()) is not None:
+                failure = ""
+                try:
+                    worker.request(
+                        "compile",
+                        worker.limits.bind * len(work.recipes),
+                        **work.candidate.to_request(),
+                        problems=[recipe.to_dict() for recipe in work.recipes],
+                        arch=work.arch,
+                    )
+                except CandidateFailure as failed:
+                    failure = f"{work.candidate.name}: {failed}"
+                except WorkerError as error:
+                    with self._changed:
+                        self._broken = error
+                        self._changed.notify_all()
+                    return
+                with self._changed:
+                    self._pending.subtract(recipe.case for recipe in work.recipes)
+                    if failure and not self._closed:
+                        self.failures.append(failure)
+                    self._changed.notify_all()

@@ -118,7 +118,8 @@ class Examiner:
         """Make the first calls, and note their minimum in ``called``; a verdict if that fails."""
 
         def first_calls(candidate: Candidate) -> Verdict:
-            how = {"calls": self.gate.calls, "policy": asdict(self.measure)}
+            best = min(called.values(), default=None)
+            how = {"calls": self.gate.calls, "policy": asdict(self.measure), "best_s": best}
             return Verdict(None, first_s=min(self._request("first_call", candidate, **how)["seconds"]))
 
         verdict = self._survived(candidate, first_calls)

@@ -24,7 +24,9 @@ from ..cache.store import Store
 from ..errors import IsokernError
 from ..registry.core import Registry
 from ..registry.ops.fused_sigmoid_gating.describe import describe
+from .candidates import admit
 from .channel import Channel, ChannelClosedError
+from .compiling import Compilers, compilations, processors
 from .device_lock import device_lock
 from .plain import from_plain
 from .progress import Progress
@@ -99,6 +101,7 @@ class Member:
             self.store = Store([Layer(name, Path(root), writable) for name, root, writable in self.config.layers])
         self.environment = registry.environment(self.config.device)
         self.workers = Workers(self.config.device, self.config.threads, self.settings.limits)
+        self.compilers = Compilers(self._share(), self.settings.limits)
         self._gated: Proven = {}
         self._published: list[tuple[ProblemRecipe, Entry]] = []
         self._told: list[str] = []
@@ -109,6 +112,14 @@ class Member:
             find_backend(self.registry, self.config.op, name, Origin(**origin) if origin else None)
         for name in set(self.registry.backends(self.config.op)) - set(self.config.backends):
             self.registry.unregister_backend(self.config.op, name)
+
+    def _share(self) -> int:
+        """Of the host's processors, for compiling: every GPU may have a member. Counting them initialises none."""
+        if self.environment.device == "cpu":
+            return 1
+        import torch
+
+        return max(1, processors() // max(1, torch.cuda.device_count()))
 
     def perform(self, do: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Answer one request: ``hello``, ``tune`` or ``prove``. Raises: WorkerError, if the device is out of order."""
@@ -128,8 +139,22 @@ class Member:
         worth showing; ``spawned``, worker processes started so far.
         """
         progress = _Notes()
+        self._compile(recipes, progress)
         results = [self._tune(recipe, progress) for recipe in recipes]
         return {"results": results, "notes": progress.lines, "spawned": self.workers.spawned}
+
+    def _compile(self, recipes: list[ProblemRecipe], progress: Progress) -> None:
+        """Have all kernels there before anything is measured, with this member's share of the processors."""
+        environment = self.environment
+        if environment.device == "cpu":
+            return
+        problems = [describe(r.case, environment.device, arch_of(environment), r.mode) for r in recipes]
+        tasks = [Task(recipe, problem) for recipe, problem in zip(recipes, problems, strict=True)]
+        fields = [(task, admit(self.registry, self.config.op, task.problem).candidates) for task in tasks]
+        self.compilers.submit(compilations(fields))
+        self.compilers.wait()
+        while self.compilers.failures:
+            progress.note(f"not compiled ahead: {self.compilers.failures.pop(0)}")
 
     def _tune(self, recipe: ProblemRecipe, progress: Progress) -> dict[str, Any]:
         began = time.monotonic()
@@ -166,6 +191,7 @@ class Member:
 
     def close(self) -> None:
         """End the workers. Idempotent."""
+        self.compilers.close()
         self.workers.close()
 
     def __enter__(self) -> Self:

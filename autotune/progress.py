@@ -12,7 +12,7 @@ class Progress:
         """Problem number ``index`` (from 0) of ``total`` starts; one known from the store is not begun."""
 
     def stage(self, name: str, steps: int) -> None:
-        """``compile`` (before all problems), or within one ``first calls``, ``gate``, ``screen`` or ``race`` starts.
+        """Within a problem: ``compile``, ``first calls``, ``gate``, ``screen`` or ``race`` starts.
 
         It has at most so many steps.
         """

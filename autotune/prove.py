@@ -81,15 +81,26 @@ def _judge(problem: str, entry: Entry, seen: Mapping[str, Any]) -> Proof:
 
 
 def demonstrate(registry: Registry, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """In the fresh process: look tuned choices up in the given layers, call the op, say what it decided by."""
+    """In the fresh process: look tuned choices up in the given layers, call the op, say what it decided by.
+
+    Problems of graphs are called inside one that is captured, and replayed.
+    """
     recipe = ProblemRecipe.from_dict(arguments["problem"])
     for name, origin in arguments["origins"].items():
         find_backend(registry, recipe.op, name, Origin(**origin))
     registry.use_store(Store([Layer(x["name"], Path(x["root"]), x["writable"]) for x in arguments["layers"]]))
     inputs = registry.spec(recipe.op).make_inputs(recipe.case, recipe.seed, recipe.device)
-    registry.get(recipe.op)(**inputs.kwargs)
-    # The call above resolved exactly one entry: use_store has dropped what was bound before.
-    [bound] = registry.dispatcher(recipe.op).bound.values()
+    op = registry.get(recipe.op)
+    if recipe.mode == "graph":
+        from .measure_cuda import captured
+
+        op.prepare(**inputs.kwargs)
+        captured(lambda: op(**inputs.kwargs)).replay()
+    else:
+        op(**inputs.kwargs)
+    # One entry per launch mode: use_store has dropped what was bound before.
+    found = registry.dispatcher(recipe.op).bound.items()
+    [bound] = [bound for (problem, _), bound in found if getattr(problem, "mode", recipe.mode) == recipe.mode]
     decision = bound.decision
     label = f"{decision.backend}[{','.join(f'{k}={v}' for k, v in sorted(decision.config.items())) or 'default'}]"
     return {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import psutil
@@ -29,6 +31,11 @@ __all__ = ["CandidateError", "OwnFault", "Session"]
 
 #: Tokens times value heads that a GPU's reference computes per run: memory is its limit, not time.
 _GPU_TOKEN_HEADS = 1 << 18
+_NICE = 10
+#: What waiting for the device adds to a call at most, and how many times the best one's time is beyond hope: timing a
+#: kernel that takes milliseconds as often as one of microseconds would take longer than all the others.
+_WAIT_S = 500e-6
+_HOPELESS_RATIO = 20.0
 #: Share of the free memory that the gate may keep calls and references in.
 _KEPT_SHARE = 0.2
 #: Seconds that the first calls of a candidate may take, after the first one.
@@ -101,10 +108,14 @@ class Session:
                 return self.load(ProblemRecipe.from_dict(arguments["problem"]))
             case "bind":
                 return self.bind(arguments)
+            case "import":
+                return self.import_modules(arguments["modules"])
             case "compile":
                 return self.compile(arguments)
             case "first_call":
-                return self.first_call(arguments["name"], arguments["calls"], MeasurePolicy(**arguments["policy"]))
+                policy = MeasurePolicy(**arguments["policy"])
+                best_s = arguments.get("best_s") or math.inf
+                return self.first_call(arguments["name"], arguments["calls"], policy, best_s)
             case "gate":
                 return self.gate(arguments["name"], arguments["seeds"], arguments["max_token_heads"])
             case "bench":
@@ -167,12 +178,24 @@ class Session:
         except Exception as error:
             raise CandidateError(RejectCode.COMPILE, f"{type(error).__name__}: {error}") from error
         self._bound[candidate["name"]] = _Bound(backend, config, runner)
-        return {"fingerprint": backend.fingerprint()}
+        # Once per process: what was imported counts, not what has become of the files since.
+        return {"fingerprint": self.registry.fingerprint(op, name)}
+
+    def import_modules(self, names: list[str]) -> dict[str, Any]:
+        """Import ahead what candidates will; of what fails, the reason (the candidate's own import fails again)."""
+        failed = {}
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # noqa: BLE001 - another library's import may raise anything
+                failed[name] = f"{type(error).__name__}: {error}"
+        return {"failed": failed}
 
     def compile(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Compile one candidate's kernels for some problems on a GPU of architecture ``arch``; needs no GPU."""
         config = Config.from_dict(arguments["config"])
         where = arguments["origin"]
+        _yield_processors()
         for record in arguments["problems"]:
             recipe = ProblemRecipe.from_dict(record)
             problem = importlib.import_module(recipe.hooks).describe(recipe.case, "cuda", arguments["arch"])
@@ -182,16 +205,19 @@ class Session:
             backend.compile(problem, config)
         return {}
 
-    def first_call(self, name: str, calls: int, policy: MeasurePolicy) -> dict[str, Any]:
+    def first_call(self, name: str, calls: int, policy: MeasurePolicy, best_s: float = math.inf) -> dict[str, Any]:
         """Seconds of first calls, on a copy of the inputs: ``calls`` short ones, or two (the first may compile).
 
-        On a GPU then as ``policy`` times them: a call that is waited for takes the host longer than most kernels.
+        On a GPU then as ``policy`` times them, since a call that is waited for takes the host longer than most kernels;
+        unless it takes so long that it is hopeless beside one of ``best_s``.
         """
         runner = self._bound[name].runner
         call = self._call(self._inputs.clone())
         seconds = [self._once(self.spec, call, runner)]
         if self.device != "cpu":
-            self._once(self.spec, call, runner)
+            waited = self._once(self.spec, call, runner)
+            if waited > _HOPELESS_RATIO * best_s + _WAIT_S:
+                return {"seconds": [waited]}
             if self._bench is None:
                 self.make_bench(policy)
             bench = self.bench()
@@ -251,6 +277,12 @@ class Session:
 
     def _runners(self) -> dict[str, Runner]:
         return {name: bound.runner for name, bound in self._bound.items()}
+
+
+@cache
+def _yield_processors() -> None:
+    """Processes that compile let those go first that measure."""
+    os.nice(_NICE)
 
 
 def _free_bytes(device: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -99,6 +100,20 @@ class Workers:
     def __init__(self, device: str, threads: int, limits: Limits | None = None) -> None:
         self.examiner = Worker(device, threads, limits)
         self.timer = Worker(device, threads, limits)
+
+    def start(self, modules: Sequence[str]) -> None:
+        """Start both at the same time, and have them import ``modules``; else they do so when it is their turn.
+
+        Raises:
+            WorkerError: one does not start.
+        """
+
+        def begin(worker: Worker) -> None:
+            worker.request("import", worker.limits.boot, modules=list(modules))
+
+        with ThreadPoolExecutor(2) as pool:
+            for started in [pool.submit(begin, worker) for worker in (self.examiner, self.timer)]:
+                started.result()
 
     @property
     def spawned(self) -> int:

@@ -32,7 +32,7 @@ from ..registry.ops.fused_sigmoid_gating.describe import describe
 from ..registry.ops.fused_sigmoid_gating.workload_case import Case, Policy, Tier
 from ..registry.ops.fused_sigmoid_gating.workloads import of_tier, serving_cases
 from .candidates import admit
-from .compiling import compilations, compile_ahead, processors
+from .compiling import Compilers, compilations
 from .cost import CostModel
 from .device_lock import device_lock
 from .progress import Progress
@@ -274,22 +274,27 @@ def run_warmup(
     todo = sum(not p.known for p in plan.problems)
     workers = Workers(plan.device, plan.threads, plan.settings.limits)
     try:
-        with interruptible(), workers:
-            done = 0
+        with interruptible(), Compilers(limits=plan.settings.limits) as compilers, workers:
+            found: dict[int, ProblemReport] = {}
             proven: Proven = {}
-            _compile(plan, progress)
+            order = _begin(plan, compilers, workers)
+            for planned in order:
+                if budget_s is not None and time.monotonic() - began >= budget_s:
+                    break
+                progress.begin(planned.cases[0], len(found), todo)
+                _compiled(planned, compilers, progress)
+                with device_lock(plan.device, progress.note):
+                    plan.store.refresh()  # whoever held the lock before may have tuned this very problem
+                    found[id(planned)] = _tune(plan, planned, workers, progress, proven)
             for planned in plan.problems:
                 if planned.entry is not None:
                     reports.append(ProblemReport(planned, planned.entry, 0.0))
-                elif budget_s is not None and time.monotonic() - began >= budget_s:
-                    skipped.append(planned)
+                elif id(planned) in found:
+                    reports.append(found[id(planned)])
                 else:
-                    progress.begin(planned.cases[0], done, todo)
-                    with device_lock(plan.device, progress.note):
-                        plan.store.refresh()  # whoever held the lock before may have tuned this very problem
-                        reports.append(_tune(plan, planned, workers, progress, proven))
-                    done += 1
+                    skipped.append(planned)
             if check:
+                compilers.close()
                 workers.close()
                 reports = _proven(plan, reports)
     finally:
@@ -299,13 +304,32 @@ def run_warmup(
     return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
 
 
-def _compile(plan: WarmupPlan, progress: Progress) -> None:
-    """All kernels of what is to be tuned on a GPU, before anything is measured."""
-    if plan.environment.device == "cpu":
-        return
-    tasks = [p.task for p in plan.problems if not p.known]
-    fields = [(task, admit(plan.registry, OP, task.problem).candidates) for task in tasks]
-    compile_ahead(compilations(fields), processors(), plan.settings.limits, progress)
+def _begin(plan: WarmupPlan, compilers: Compilers, workers: Workers) -> list[PlannedProblem]:
+    """Set compilers and workers off, on a GPU. Returns what to tune, in order.
+
+    That is the plan's, but launch by graph first: the device's clock does not mind that the host compiles, while a
+    time that includes the host's does.
+    """
+    order = [p for p in plan.problems if not p.known]
+    if plan.environment.device == "cpu" or not order:
+        return order
+    order.sort(key=lambda p: p.task.recipe.mode != "graph")
+    fields = [(p.task, admit(plan.registry, OP, p.task.problem).candidates) for p in order]
+    compilers.submit(compilations(fields))
+    backends = plan.registry.backends(OP)
+    needed = {candidate.backend for _, candidates in fields for candidate in candidates}
+    workers.start(sorted({module for name in needed for module in backends[name].requires}))
+    return order
+
+
+def _compiled(planned: PlannedProblem, compilers: Compilers, progress: Progress) -> None:
+    """Wait until nothing is left to compile for the problem; if the host's time counts, until nothing is at all."""
+    if not compilers.idle:
+        progress.stage("compile", 1)
+        compilers.wait(planned.task if planned.task.recipe.mode == "graph" else None)
+        progress.advance("compiled")
+    while compilers.failures:
+        progress.note(f"not compiled ahead: {compilers.failures.pop(0)}")
 
 
 def _tune(

@@ -33,6 +33,7 @@ __all__ = ["Bandwidth", "Bench", "MeasurePolicy", "cache_bytes", "copies_to_rota
 #: Rotated states may take this share of the memory that is free, and no more copies than this are any colder.
 _MEMORY_SHARE = 0.25
 _MAX_COPIES = 128
+_MOSTLY_INPUTS = 4
 
 _SENTINEL_FLOATS = 1 << 20  # 4 MiB: its time is bandwidth and clock, not call overhead
 _SENTINEL_RUNS = 7
@@ -49,11 +50,18 @@ def cache_bytes() -> int:
     return next((size for size in sizes if size > 0), 32 << 20)
 
 
-def copies_to_rotate(state_bytes: int, policy: MeasurePolicy, cache: int, available: int) -> int:
-    """How many sets of ``state_bytes`` make ``rotate_l2`` times ``cache`` bytes, within the memory there is."""
+def copies_to_rotate(state_bytes: int, policy: MeasurePolicy, cache: int, available: int, input_bytes: int = 0) -> int:
+    """How many calls' ``state_bytes`` make ``rotate_l2`` times ``cache`` bytes, within the memory there is.
+
+    Fewer for calls whose ``input_bytes`` are most of what they move: how cold a state is then matters little, and each
+    further set costs a long call per sample.
+    """
     if not policy.cold or state_bytes <= 0:
         return 1
-    wanted = -(-int(policy.rotate_l2 * cache) // state_bytes)
+    enough = int(policy.rotate_l2 * cache)
+    wanted = -(-enough // state_bytes)
+    if input_bytes >= _MOSTLY_INPUTS * state_bytes:
+        wanted = min(wanted, 1 + enough // (state_bytes + input_bytes))
     possible = int(_MEMORY_SHARE * available) // state_bytes
     return max(1, min(wanted, possible, _MAX_COPIES))
 

@@ -71,7 +71,7 @@ class CudaBench:
         states = hooks.state_bytes(recipe.case)
         self._cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         free, _ = torch.cuda.mem_get_info(device)
-        copies = copies_to_rotate(states, policy, self._cache_bytes, free)
+        copies = copies_to_rotate(states, policy, self._cache_bytes, free, hooks.input_bytes(recipe.case))
         inputs = spec.make_inputs(hooks.with_room(recipe.case, copies), recipe.seed, device)
         self._calls: tuple[Any, ...] = hooks.rotated_calls(spec.canonical(**inputs.kwargs), copies)
         for call in self._calls:

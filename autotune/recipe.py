@@ -31,7 +31,7 @@ class ProblemRecipe:
     Attributes:
         op: op name.
         case, twin: the op's case record and its adversarial twin (same problem, awkward layout).
-        hooks: module with ``rotated_calls``, ``bytes_moved`` and ``describe`` for the op's canonical call
+        hooks: module with ``rotated_calls``, ``bytes_moved``, ``describe`` and so on for the op's canonical call
             (see ``registry.ops.fused_sigmoid_gating.timing``).
         seed: of the values to time with; the gate uses this and the following ones.
         device: ``cpu``, ``cuda`` or ``cuda:N``; mode: ``eager`` or ``graph``.

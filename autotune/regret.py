@@ -26,8 +26,9 @@ from .worker import CandidateFailure, Worker
 
 __all__ = ["NothingToCompareError", "Regret", "lengths_in_bucket", "measure_regret", "split_regret"]
 
-#: Candidates slower than this times the best after two calls cannot be the best.
-_HOPELESS = 3.0
+#: Candidates slower than this times the best in so many first calls cannot be the best.
+_HOPELESS = 2.0
+_FIRST_CALLS = 5
 #: A fixed kernel, timed with every block, that moved by more than this says that a neighbour was at work.
 _DRIFT = 0.2
 _TRIES = 400
@@ -132,15 +133,21 @@ class _Racing:
         self.failed: dict[str, str] = {}
         self.sentinel_s = 1.0
         self._ready: set[str] | None = None
+        self._benched = False
 
     def promising(self, choice: str) -> list[str]:
-        """Who may be the best: one call to warm up and one to judge, each; the choice stays whatever it takes."""
-        second: dict[str, float] = {}
+        """Who may be the best, by first calls as the tuner makes them; the choice stays whatever it takes."""
+        first: dict[str, float] = {}
+        limit = self.worker.limits.call
         for name in self.field:
-            if self.block([name]) and (block := self.block([name])):
-                second[name] = block[name]
-        best = min(second.values(), default=0.0)
-        return [name for name, seconds in second.items() if name == choice or seconds <= _HOPELESS * best]
+            how = {"calls": _FIRST_CALLS, "policy": asdict(self.policy), "best_s": min(first.values(), default=None)}
+            try:
+                self._prepare([name])
+                first[name] = min(self.worker.request("first_call", limit, name=name, **how)["seconds"])
+            except CandidateFailure as failure:
+                self._failed(name, failure)
+        best = min(first.values(), default=0.0)
+        return [name for name, seconds in first.items() if name == choice or seconds <= _HOPELESS * best]
 
     def block(self, names: Sequence[str]) -> dict[str, float]:
         """Seconds per call of each of ``names`` that does not fail."""
@@ -148,21 +155,29 @@ class _Racing:
         while wanted:
             try:
                 self._prepare(wanted)
+                if not self._benched:
+                    self.worker.request("bench", self.worker.limits.load, policy=asdict(self.policy))
+                    self._benched = True
                 found = self.worker.request("time_block", self.worker.limits.call, names=wanted)
                 self.sentinel_s = float(found["sentinel_s"] or 1.0)
                 return {name: float(found["seconds"][name]) for name in wanted}
             except CandidateFailure as failure:
                 blamed = failure.at or wanted[0]
-                self.failed[blamed] = failure.verdict.reason
-                self._ready = None if failure.died else self._ready
+                self._failed(blamed, failure)
                 wanted.remove(blamed)
         return {}
+
+    def _failed(self, name: str, failure: CandidateFailure) -> None:
+        self.failed[name] = failure.verdict.reason
+        if self.task.recipe.device != "cpu":
+            self.worker.kill()  # a GPU's errors stay
+        if not self.worker.alive:
+            self._ready = None
 
     def _prepare(self, names: Sequence[str]) -> None:
         if self._ready is None or not self.worker.alive:
             load_problem(self.worker, self.task.recipe, self.task.problem.key())
-            self.worker.request("bench", self.worker.limits.load, policy=asdict(self.policy))
-            self._ready = set()
+            self._ready, self._benched = set(), False
         for name in names:
             if name not in self._ready:
                 try:

@@ -11,7 +11,7 @@ from .case import CaseSpec
 from .describe import describe
 from .dtypes import dtype_of
 
-__all__ = ["bytes_moved", "describe", "rotated_calls", "state_bytes", "with_room"]
+__all__ = ["bytes_moved", "describe", "input_bytes", "rotated_calls", "state_bytes", "with_room"]
 
 
 def state_bytes(case: CaseSpec) -> int:
@@ -20,6 +20,11 @@ def state_bytes(case: CaseSpec) -> int:
         return 0
     sets = 2 if case.update == "separate" else 1
     return sets * case.n * case.hv * case.k * case.v * dtype_of(case.state_dtype).itemsize
+
+
+def input_bytes(case: CaseSpec) -> int:
+    """Bytes of q, k, v and the output that one call of ``case`` names."""
+    return 2 * case.tokens * (case.h * case.k + case.hv * case.v) * dtype_of(case.io_dtype).itemsize
 
 
 def with_room(case: CaseSpec, copies: int) -> CaseSpec:

@@ -2,9 +2,11 @@
 
     python benchmarks/host_cost.py [--backend triton ...] [--sglang FOLDER] [--save | --out FILE]
 
-Decode steps at HV = 32. Every implementation in turn, in random order, a hundred calls at a time, so that the device's
-queue is never full; the device is waited for outside the timed region. Medians over rounds, the garbage collector off.
-Without a GPU the launchers run up to the driver, on tensors of the CPU: what is packed is timed, nothing is launched.
+Decode steps at HV = 32, called as an engine's code calls: tensors by position, what is not the default by name; the
+torch operator as compiled graphs call it. Every implementation in turn, in random order, a hundred calls at a time, so
+that the device's queue is never full; the device is waited for outside the timed region. Medians over rounds, the
+garbage collector off. Without a GPU the launchers run up to the driver, on tensors of the CPU: what is packed is timed,
+nothing is launched.
 """
 
 from __future__ import annotations
@@ -31,12 +33,16 @@ from rich.console import Console
 from rich.table import Table
 
 from isokern import registry
-from isokern.backends.launch.driver import Driver, gpu
+from isokern.backends.launch.driver import Driver, address_of, gpu, pointer
 from isokern.backends.launch.launcher import Launcher
 from isokern.backends.launch.recording import RecordingLibrary
+from isokern.registry import FunctionBackend, Registry
 from isokern.registry.backend import Config
 from isokern.registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.entry import Entry
+from isokern.registry.ops.fused_sigmoid_gating.hot import is_current_stream_capturing
+from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
 
 OP = "fused_sigmoid_gating"
 BACKENDS = ("triton", "cupy", "numba_cuda")
@@ -65,7 +71,40 @@ class Timed:
 
 
 def spec_of(n: int) -> CaseSpec:
-    return CaseSpec(f"decode N={n} H=16 HV=32 float32", (1,) * n, h=16, hv=32, k=128, v=128, state_layout="vk")
+    # On a CPU a bare tensor of offsets is read in every call; on a GPU it never is.
+    name = f"decode N={n} H=16 HV=32 float32"
+    return CaseSpec(name, (1,) * n, h=16, hv=32, k=128, v=128, state_layout="vk", as_layout=not ON_GPU)
+
+
+def site_of(op: Callable[..., object], kwargs: dict, backend: str | None, out: torch.Tensor | None = None) -> Run:
+    """A call of the op, written out."""
+    A_log, a, dt_bias, q, k, v, b = (kwargs[name] for name in ("A_log", "a", "dt_bias", "q", "k", "v", "b"))
+    beta, threshold, scale = kwargs["softplus_beta"], kwargs["softplus_threshold"], kwargs["scale"]
+    pool, slots, l2norm = (
+        kwargs[name] for name in ("initial_state_source", "initial_state_indices", "use_qk_l2norm_in_kernel")
+    )
+    cu, layout = kwargs["cu_seqlens"], kwargs["state_layout"]
+    if out is None:
+        return lambda: op(
+            A_log, a, dt_bias, beta, threshold, q, k, v, b, pool, slots, scale, l2norm, cu,
+            state_layout=layout, backend=backend,
+        )  # fmt: skip
+    return lambda: op(
+        A_log, a, dt_bias, beta, threshold, q, k, v, b, pool, slots, scale, l2norm, cu,
+        state_layout=layout, backend=backend, out=out,
+    )  # fmt: skip
+
+
+def operator_site_of(kwargs: dict, backend: str) -> Run:
+    """A call of the torch operator, as a compiled graph makes it: the overload, all by position."""
+    operator = getattr(torch.ops.isokern, OP).default
+    first = "A_log a dt_bias softplus_beta softplus_threshold q k v b initial_state_source initial_state_indices scale"
+    then = "use_qk_l2norm_in_kernel cu_seqlens state_layout is_kda lower_bound allow_neg_eigval"
+    cu = kwargs["cu_seqlens"]
+    given = {**kwargs, "cu_seqlens": getattr(cu, "cu_seqlens", cu)}
+    # disable_state_update, the four of verification, max_seqlen
+    arguments = (*(given[name] for name in f"{first} {then}".split()), False, None, None, None, None, None, backend)
+    return lambda: operator(*arguments)
 
 
 def call_of(spec: CaseSpec) -> tuple[dict, Call]:
@@ -119,29 +158,88 @@ def compiler_of(backend: str, problem: object, config: Config) -> object:
 
 def driver_launches(launcher: Launcher, call: Call) -> list[Timed]:
     """The driver call alone, prepared and unchanging, through ctypes and through cuda-bindings."""
-    seen: list[tuple[int, int, int]] = []
+    seen: list[tuple[object, object, object]] = []
     library = _Unlaunched(gpu().library)
-    library.cuLaunchKernelEx = lambda config, handle, _params, extra: (
-        seen.append((config.value, handle.value, extra.value)) or 0
-    )
+    library.cuLaunchKernelEx = lambda config, handle, _params, extra: seen.append((config, handle, extra)) or 0
     pinned = Launcher(launcher.backend, launcher.problem, launcher.config, launcher.compiler,
                       replace(gpu(), library=library)).pin(call)  # fmt: skip
     pinned(tensors_of(call))
     config, handle, extra = seen[0]
-    launch, given = gpu().library.cuLaunchKernelEx, [ctypes.c_void_p(x) for x in (config, handle, extra)]
+    library, function = gpu().library, ctypes.c_void_p()
+    launch = library.cuLaunchKernelEx
+    library.cuKernelGetFunction(ctypes.byref(function), handle)
+    direct = pointer(function.value or 0)
     # ``pinned`` owns the memory behind the addresses.
-    timed = [Timed("driver launch, ctypes", lambda: (launch(given[0], given[1], None, given[2]), pinned)[0], part=True)]
+    timed = [
+        Timed("driver launch, ctypes", lambda: (launch(config, handle, None, extra), pinned)[0], part=True),
+        Timed("driver launch, CUfunction", lambda: launch(config, direct, None, extra), part=True),
+    ]
     if importlib.util.find_spec("cuda.bindings") is not None:
         from cuda.bindings import driver
 
-        prepared, function = driver.CUlaunchConfig(_ptr=config), driver.CUfunction(handle)
-        bound = driver.cuLaunchKernelEx
-        timed.append(Timed("driver launch, cuda-bindings", lambda: bound(prepared, function, 0, extra), part=True))
+        prepared, kernel, rest = driver.CUlaunchConfig(_ptr=address_of(config)), address_of(handle), address_of(extra)
+        bound, loaded = driver.cuLaunchKernelEx, driver.CUfunction(kernel)
+        timed.append(Timed("driver launch, cuda-bindings", lambda: bound(prepared, loaded, 0, rest), part=True))
     return timed
 
 
 def tensors_of(call: Call) -> tuple[torch.Tensor | None, ...]:
     return tuple(getattr(call, name) for name in TENSORS)
+
+
+def recognition(launcher: Launcher, kwargs: dict, call: Call) -> list[Timed]:
+    """The whole op in front of a launcher, and what its dispatch is made of."""
+    name, out = launcher.backend, call.out
+    if out is None:
+        raise typer.BadParameter("a call with its output")
+    own = Registry({}, load_plugins=False)
+    own.register_op(SPEC)
+    own.register_backend(FunctionBackend(launcher, OP, name, priority=50))
+    timed = []
+    if not ON_GPU:
+        op, given = own.get(OP), own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
+        timed += [
+            Timed("isokern op, not launched", _known(site_of(op, kwargs, name))),
+            Timed("isokern op, out given, not launched", _known(site_of(given, kwargs, name, out))),
+        ]
+    # The same hot path, where all tensors are taken for known and nothing runs: reading and comparing the arguments.
+    bare = own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
+    site = _known(site_of(bare, kwargs, name, out))
+    [entry] = bare._entries.recent
+    check, present, tensors = entry.guard, entry.present, tensors_of(call)
+    made = _output_of(own, kwargs, name)
+    entry.guard, entry.pinned, entry.on_cuda = _accepts, _runs_nothing, False
+    timed += [
+        Timed("call and argument comparison", site, part=True),
+        Timed("guard check", lambda: check(*present(tensors)), part=True),
+        Timed("output", lambda: made(out), part=True),
+    ]
+    if ON_GPU:
+        timed.append(Timed("capturing check", is_current_stream_capturing, part=True))
+    return timed
+
+
+def _known(site: Run) -> Run:
+    site()
+    return site
+
+
+def _accepts(*tensors: object) -> bool:
+    return True
+
+
+def _runs_nothing(tensors: object) -> None:
+    return None
+
+
+def _output_of(own: Registry, kwargs: dict, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes the outputs of such calls."""
+    op = own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
+    _known(site_of(op, kwargs, name))
+    entry: Entry = op._entries.recent[0]
+    if entry.new_output is None:
+        raise typer.BadParameter("a call that needs no output")
+    return entry.new_output
 
 
 def own_launches(launcher: Launcher, call: Call) -> list[Timed]:
@@ -164,23 +262,18 @@ def of_backend(backend: str, spec: CaseSpec) -> list[Timed]:
     unlaunched, _ = launcher_on(backend, call, without_launch(driver))
     tensors = tensors_of(call)
     pinned, packed = launcher.pin(call), unlaunched.pin(call)
-    timed = [Timed("pointers and packing", lambda: packed(tensors), part=True)]
+    timed = [Timed("pointers and packing", lambda: packed(tensors), part=True), *recognition(launcher, kwargs, call)]
     if ON_GPU:
         op = registry.get(OP)
-        out = call.out
         timed += [
-            Timed("isokern op", lambda: op(**kwargs, backend=backend)),
-            Timed("isokern op, out given", lambda: op(**kwargs, out=out, backend=backend)),
+            Timed("isokern op", site_of(op, kwargs, backend)),
+            Timed("isokern op, out given", site_of(op, kwargs, backend, call.out)),
+            Timed("isokern op's __call__, kept", site_of(op.__call__, kwargs, backend)),
+            Timed("isokern through torch.library", operator_site_of(kwargs, backend)),
             Timed("bound runner", lambda: launcher(call)),
             Timed("pinned runner", lambda: pinned(tensors)),
             *driver_launches(launcher, call),
         ]
-        operator = getattr(torch.ops.isokern, OP, None)
-        if operator is not None:
-            given = dict(kwargs)
-            layout = given.get("cu_seqlens")
-            given["cu_seqlens"] = getattr(layout, "cu_seqlens", layout)
-            timed.append(Timed("isokern through torch.library", lambda: operator(**given, backend=backend)))
         if spec.n == OWN_AT:
             timed += own_launches(launcher, call)
     else:

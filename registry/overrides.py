@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
-__all__ = ["ENVIRONMENT_PREFIX", "active", "environment_overrides", "use"]
+__all__ = ["ENVIRONMENT_PREFIX", "NO_OVERRIDES", "active", "current_overrides", "environment_overrides", "use"]
 
 ENVIRONMENT_PREFIX = "ISOKERN_BACKEND_"
 
-_EMPTY: Mapping[str, str] = MappingProxyType({})
-_ACTIVE: ContextVar[Mapping[str, str]] = ContextVar("isokern_backend_overrides", default=_EMPTY)
+#: What :data:`current_overrides` returns outside of :func:`use`: one object, to be told by identity.
+NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
+_ACTIVE: ContextVar[Mapping[str, str]] = ContextVar("isokern_backend_overrides", default=NO_OVERRIDES)
+
+#: ``{op: backend}`` forced in the current context. A C function, for hot paths.
+current_overrides: Callable[[], Mapping[str, str]] = _ACTIVE.get
 
 
 def active(op: str) -> str | None:

@@ -486,6 +486,28 @@ class TestBookkeeping:
                 check(op, spy, kwargs)
         assert op.stats()["misses"] == len(kinds)
 
+    def test_calls_that_take_turns_are_found_among_the_recent_ones_which_stay_in_place(self, op, monkeypatch):
+        kinds = [make_inputs(BASE.but(lengths=(n,))).kwargs for n in range(1, entries.RECENT + 1)]
+        for kwargs in kinds:
+            op(**kwargs)
+        recent = op._entries.recent
+        assert len(recent) == entries.RECENT
+        monkeypatch.setattr(op._entries, "alike", lambda q, v: pytest.fail("asked the table"))
+        for kwargs in 3 * kinds:
+            op(**kwargs)
+            assert op._entries.recent == recent
+
+    @pytest.mark.parametrize("more", [0, 1], ids=["recent", "dropped out"])
+    def test_a_call_that_comes_twice_in_a_row_is_tried_first(self, op, more):
+        kinds = [make_inputs(BASE.but(lengths=(n,))).kwargs for n in range(1, entries.RECENT + 1 + more)]
+        for kwargs in kinds:
+            op(**kwargs)
+        for kwargs in kinds:
+            for _ in range(2):
+                op(**kwargs)
+            assert op._entries.recent[0].shapes[0] == kwargs["q"].shape
+            assert len(set(op._entries.recent)) == entries.RECENT
+
     def test_nothing_to_do_launches_nothing_however_often(self, op, spy):
         for spec in (BASE.but(lengths=()), BASE.but(lengths=(0, 0))):
             for _ in range(3):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isokern import registry
-from isokern.errors import ArgumentValueError, NotPreparedError
+from isokern.errors import ArgumentValueError, BackendFailedError, NotPreparedError
 from isokern.registry import Registry
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
@@ -151,6 +151,33 @@ def test_two_threads_on_two_streams_share_nothing(backend):
         thread.join()
     for which in range(2):
         assert all(torch.equal(o, expected[which]) for o in results[which])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "first"])
+def test_a_thread_that_has_done_nothing_else_with_cuda_may_call(backend, known):
+    """Given its output, the call is the first thing that such a thread asks of the device."""
+    op, kwargs = registry.get(OP), layers_of(1)[0]
+    scale = 0.5 if known else 0.25  # a call like an earlier one, or a new one
+    pool = kwargs["initial_state_source"]
+    given = {**kwargs, "out": torch.empty_like(kwargs["v"]), "scale": scale, "backend": backend}
+    if known:
+        op(**{**given, "initial_state_source": pool.clone()})
+    expected = op(**{**kwargs, "initial_state_source": pool.clone()}, scale=scale, backend=backend)
+    torch.cuda.synchronize()
+    failed = []
+
+    def work():
+        try:
+            op(**given)
+        except BackendFailedError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert not failed
+    assert torch.equal(given["out"], expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -4,14 +4,17 @@ import ctypes
 import gc
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from isokern.backends.launch.compiler import Layout, Variant
+from isokern.backends.launch.driver import address_of
 from isokern.backends.launch.image import Image
 from isokern.backends.launch.launcher import MOST_PINNED, Launcher
 from isokern.backends.launch.recording import RecordingLibrary
+from isokern.errors import BackendFailedError
 from isokern.registry.backend import Config, Pinnable
 from isokern.registry.ops.fused_sigmoid_gating.call import TENSORS
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
@@ -253,7 +256,7 @@ def test_threads_share_no_memory_that_is_written():
     places = []
 
     def slowly(config, handle, params, extra):
-        places.append(config.value)
+        places.append(address_of(config))
         if threading.current_thread() is threading.main_thread():
             library.stream = 2
             worker = threading.Thread(target=pinned, args=(tensors_of(other),))
@@ -270,6 +273,31 @@ def test_threads_share_no_memory_that_is_written():
     assert (words(ours)[0], ours.stream) == (mine.q.data_ptr(), 1)
     assert (words(theirs)[0], theirs.stream) == (other.q.data_ptr(), 2)
     assert len(set(places)) == 2
+
+
+def test_a_thread_without_a_context_gets_one_and_launches_again():
+    launcher, library, _ = made()
+    launch, tried = library.cuLaunchKernelEx, []
+
+    def refused_once(*arguments):
+        tried.append(library.device)
+        return 201 if len(tried) == 1 else launch(*arguments)
+
+    library.cuLaunchKernelEx = refused_once
+    awake = []
+    driver = replace(library.driver(), awake=lambda device: awake.append(device) or library._on(device))
+    call = call_of()
+    Launcher("planted", PROBLEM, Config(), launcher.compiler, driver).pin(call)(tensors_of(call))
+    assert len(tried) == 2
+    assert len(awake) == 2, "when the kernel was loaded, and now"
+    assert len(library.launches) == 1
+
+
+def test_a_context_that_is_gone_is_an_error_after_one_more_try():
+    launcher, library, _ = made()
+    library.codes["cuLaunchKernelEx"] = 201
+    with pytest.raises(BackendFailedError, match="handle is stale"):
+        launcher(call_of())
 
 
 # ---- what the driver is told
@@ -307,7 +335,7 @@ def test_the_launch_config_is_the_drivers_structure():
     seen = []
 
     def look(config, handle, params, extra):
-        theirs = driver.CUlaunchConfig(_ptr=config.value)
+        theirs = driver.CUlaunchConfig(_ptr=address_of(config))
         seen.append((theirs.gridDimX, theirs.blockDimX, theirs.sharedMemBytes, int(theirs.hStream), theirs.numAttrs))
         return 0
 
@@ -350,7 +378,9 @@ def test_a_frame_lies_still():
     """The driver is given addresses: the words they point into must not move."""
     launcher, library, _ = made()
     places = []
-    library.cuLaunchKernelEx = lambda config, handle, params, extra: places.append((config.value, extra.value)) or 0
+    library.cuLaunchKernelEx = lambda config, handle, params, extra: (
+        places.append((address_of(config), address_of(extra))) or 0
+    )
     pinned = launcher.pin(call_of())
     kept = [ctypes.create_string_buffer(4096) for _ in range(50)]
     for _ in range(3):

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,17 @@ import torch
 from . import forks
 from .image import Image
 
-__all__ = ["LAUNCH_CONFIG", "Driver", "DriverError", "Kernel", "attributes", "gpu"]
+__all__ = [
+    "LAUNCH_CONFIG",
+    "NO_CONTEXT",
+    "Driver",
+    "DriverError",
+    "Kernel",
+    "address_of",
+    "attributes",
+    "gpu",
+    "pointer",
+]
 
 #: ``CUlaunchConfig``: grid, block, dynamic shared bytes, stream, attributes and their number.
 LAUNCH_CONFIG = struct.Struct("=7I4xQQI4x")
@@ -32,7 +42,10 @@ _MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 14
 #: Beyond these a kernel must be told that they are meant.
 _SHARED_UNASKED, _CLUSTER_UNASKED = 48 << 10, 8
 
-_STALE = frozenset({3, 4, 201, 400, 709})  # not initialised, deinitialised, no context, no such handle, destroyed
+#: ``CUDA_ERROR_INVALID_CONTEXT``: what a launch returns in a thread that has done nothing with CUDA yet, too.
+NO_CONTEXT = 201
+# Not initialised, deinitialised, no context, no such handle, destroyed.
+_STALE = frozenset({3, 4, NO_CONTEXT, 400, 709})
 _STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})  # ECC, illegal address, timeout, assert, ...
 _CAPTURE = frozenset(range(900, 910))
 _IMAGE = frozenset({200, 209, 218, 500})  # not an image, not for this GPU, damaged, no such kernel in it
@@ -49,6 +62,19 @@ class DriverError(RuntimeError):
     def image_refused(self) -> bool:
         """Whether the machine code itself is what the driver did not like."""
         return self.code in _IMAGE
+
+
+def pointer(address: int) -> Any:
+    """``address`` as a C function takes it: what ctypes makes of a ``c_void_p`` in every call, made once.
+
+    Nothing is read at the address, which may be a handle.
+    """
+    return ctypes.byref(ctypes.c_char.from_address(address))
+
+
+def address_of(argument: Any) -> int:
+    """The address that a :func:`pointer` was made from."""
+    return ctypes.addressof(argument._obj)
 
 
 def attributes(image: Image) -> bytes:
@@ -71,7 +97,7 @@ class Driver:
     Attributes:
         library: ``libcuda``'s functions by name.
         stream: the current raw stream of a device. device: the current device. on: makes a device current.
-        awake: the same, and sees to it that the device has a context.
+        awake: the same, and sees to it that the device has a context and the thread uses it.
         capturing: whether the current stream is being captured into a CUDA graph.
     """
 
@@ -148,10 +174,26 @@ class Kernel:
 
 
 @contextmanager
-def _awake(device: int | None) -> Iterator[None]:
+def _awake(library: Any, device: int | None) -> Iterator[None]:
     with torch.cuda.device(device):
         torch.empty(1, device="cuda")  # torch makes contexts when it must
+        _bind(library, torch.cuda.current_device())
         yield
+
+
+def _bind(library: Any, device: int) -> None:
+    """Have this thread use the device's primary context, torch's own, if it uses none.
+
+    The runtime library does so when it first launches something; the driver leaves it to its callers. The context is
+    retained once per such thread and never released: it lasts as long as the process.
+    """
+    context, ordinal = ctypes.c_void_p(), ctypes.c_int()
+    library.cuCtxGetCurrent(ctypes.byref(context))
+    if context.value:
+        return
+    if library.cuDeviceGet(ctypes.byref(ordinal), device) == 0:
+        library.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal)
+        library.cuCtxSetCurrent(context)
 
 
 @lru_cache(maxsize=1)
@@ -167,6 +209,6 @@ def gpu() -> Driver:
         torch._C._cuda_getCurrentRawStream,
         torch._C._cuda_getDevice,
         torch.cuda.device,
-        _awake,
+        partial(_awake, library),
         torch.cuda.is_current_stream_capturing,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import threading
 from array import array
+from typing import Any
 
 from .compiler import Layout
-from .driver import LAUNCH_CONFIG, Kernel, attributes
+from .driver import LAUNCH_CONFIG, Kernel, attributes, pointer
 
 __all__ = ["Frame"]
 
@@ -28,7 +28,7 @@ class Frame(threading.local):
             One attribute, for reading a thread's own costs.
     """
 
-    state: tuple[array[int], int, ctypes.c_void_p, ctypes.c_void_p]
+    state: tuple[array[int], int, Any, Any]
 
     def __init__(self, layout: Layout, kernel: Kernel) -> None:
         image = kernel.image
@@ -60,6 +60,6 @@ class Frame(threading.local):
         self.state = (
             words,
             (config_at + _STREAM_AT) // _WORD,
-            ctypes.c_void_p(base + config_at),
-            ctypes.c_void_p(base + extra_at),
+            pointer(base + config_at),
+            pointer(base + extra_at),
         )

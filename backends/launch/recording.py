@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .driver import LAUNCH_CONFIG, Driver
+from .driver import LAUNCH_CONFIG, Driver, address_of
 
 __all__ = ["Launch", "RecordingLibrary"]
 
@@ -102,22 +102,19 @@ class RecordingLibrary:
         text._obj.value = b"the driver's own words"
         return 0
 
-    def cuLaunchKernelEx(
-        self, config: ctypes.c_void_p, handle: ctypes.c_void_p, params: None, extra: ctypes.c_void_p
-    ) -> int:
+    def cuLaunchKernelEx(self, config: Any, handle: Any, params: None, extra: Any) -> int:
         if self._code("cuLaunchKernelEx"):
             return self._code("cuLaunchKernelEx")
         assert params is None
         x, y, z, *block, shared, stream, attributes, count = LAUNCH_CONFIG.unpack(
-            _read(config.value, LAUNCH_CONFIG.size)
+            _read(address_of(config), LAUNCH_CONFIG.size)
         )
-        tags = (ctypes.c_uint64 * 5).from_buffer_copy(_read(extra.value, 40))
+        tags = (ctypes.c_uint64 * 5).from_buffer_copy(_read(address_of(extra), 40))
         assert (tags[0], tags[2], tags[4]) == (1, 2, 0)
         size = int.from_bytes(_read(tags[3], 8), "little")
-        assert handle.value is not None
         self.launches.append(
             Launch(
-                code=self.loaded[handle.value],
+                code=self.loaded[address_of(handle)],
                 parameters=_read(tags[1], size),
                 grid=(x, y, z),
                 block=tuple(block),
@@ -130,6 +127,5 @@ class RecordingLibrary:
         return 0
 
 
-def _read(address: int | None, size: int) -> bytes:
-    assert address is not None
+def _read(address: int, size: int) -> bytes:
     return ctypes.string_at(address, size)

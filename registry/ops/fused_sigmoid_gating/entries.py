@@ -10,20 +10,23 @@ from typing import Any
 from ...dispatch import Dispatcher
 from .entry import Entry
 
-__all__ = ["MAX_ALIKE", "MAX_ENTRIES", "Entries"]
+__all__ = ["MAX_ALIKE", "MAX_ENTRIES", "RECENT", "Entries"]
 
 #: Entries kept per op; beyond this the oldest go.
 MAX_ENTRIES = 4096
 #: Entries of calls with the same shapes, which are looked through one by one.
 MAX_ALIKE = 32
+#: Entries that are tried before any table is asked: a model's layers, or its drafts and checks, take turns.
+RECENT = 4
 
 
 class Entries:
     """The entries of one op, bounded in number, by the shapes of q and v.
 
     Attributes:
-        recent: the entry that served last, alone in a tuple (empty at first): what the hot path tries first.
-        hit: called once per call that an entry serves: counts them, from any thread, for the price of a C call.
+        recent: the entries that came last (none at first, at most RECENT): what the hot path tries first, in order.
+        hit: called once per call that an entry serves: counts them, from any thread, for the price of a C call, and
+            returns the call's number.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -36,6 +39,7 @@ class Entries:
         self._hits = itertools.count()
         self._readings = 0
         self.hit = self._hits.__next__
+        self._turn: tuple[Entry, int] | None = None
         self.recent: tuple[Entry, ...] = ()
         dispatcher.watch(self.clear)
 
@@ -46,11 +50,17 @@ class Entries:
         except (AttributeError, TypeError):
             return ()
 
-    def promote(self, entry: Entry) -> None:
-        """``entry`` served: try it first next time."""
+    def served(self, entry: Entry, number: int) -> None:
+        """``entry`` served as the ``number``-th call, and was not tried first.
+
+        It will be, if it was not among the recent ones, or comes twice in a row; entries that take turns stay put.
+        """
+        before, self._turn = self._turn, (entry, number)
+        if before != (entry, number - 1) and any(entry is known for known in self.recent):
+            return
         with self._lock:
             if any(entry is known for known in self._alike.get(entry.shapes, ())):  # else it was dropped meanwhile
-                self.recent = (entry,)
+                self._came(entry)
 
     def add(self, entry: Entry, generation: int) -> None:
         """Keep ``entry``, unless what decided it was dropped since ``generation``."""
@@ -65,7 +75,10 @@ class Entries:
             self._count += 1
             while self._count > MAX_ENTRIES:
                 self._dropped(len(self._alike.pop(next(iter(self._alike)))))
-            self.recent = (entry,)
+            self._came(entry)
+
+    def _came(self, entry: Entry) -> None:
+        self.recent = (entry, *(known for known in self.recent if known is not entry))[:RECENT]
 
     def _dropped(self, count: int) -> None:
         self._count -= count
@@ -82,6 +95,7 @@ class Entries:
         with lock:
             self._alike.clear()
             self._count = 0
+            self._turn = None
             self.recent = ()
 
     def counters(self) -> dict[str, int]:

@@ -13,12 +13,12 @@ from ...backend import Pinnable, Pinned, Runner
 from ...decision import Decision
 from ...dispatch import Bound
 from ...overrides import active
-from ...varlen.graph_layout import GraphLayout
 from ...varlen.layout import SequenceLayout
 from ...varlen.offsets import check_offsets, longest_of
 from ...varlen.profile import VarlenProfile
 from .call import TENSORS, Call
 from .guards import Guard, guard, plain
+from .outputs import Maker, output_maker
 from .problem import Problem
 from .validate import as_gate
 
@@ -79,7 +79,7 @@ class Entry:
     identity: object
     offsets: list[int] | None
     reshape: Reshape | None
-    new_output: Callable[[torch.Tensor], torch.Tensor] | None
+    new_output: Maker | None
     pinned: Pinned | None
     runner: Runner
     numbers: tuple[float, float, float, float | None]
@@ -87,8 +87,12 @@ class Entry:
     problem: Problem
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], call: Call, problem: Problem, bound: Bound) -> Entry | None:
+    def of(
+        cls, given: Mapping[str, Any], tensors: tuple[Any, ...], call: Call, problem: Problem, bound: Bound
+    ) -> Entry | None:
         """The entry of ``call``, made from the arguments ``given``; its output is allocated, unless there is grad.
+
+        ``tensors`` are the caller's own, in the order of TENSORS, as the hot path puts them together.
 
         None for calls that cannot be told from others by what the hot path looks at. Runs nothing, but may compile
         (``Pinnable.pin``).
@@ -96,7 +100,6 @@ class Entry:
         Raises:
             BackendFailedError: as the runner's ``pin``.
         """
-        tensors = _given_tensors(given)
         output_slots = given["output_state_indices"]
         if not all(plain(t) for t in tensors if t is not None):
             return None
@@ -153,7 +156,7 @@ class Entry:
             identity=None if call.layout is None else call.layout.identity,
             offsets=list(call.offsets) if is_host_tensor else None,
             reshape=_reshape(given, call),
-            new_output=None if call.out is None or given["out"] is not None else _new_output(call),
+            new_output=None if call.out is None or given["out"] is not None else output_maker(call.v, call.q.dtype),
             pinned=pinned,
             runner=runner,
             numbers=(call.softplus_beta, call.softplus_threshold, call.scale, call.lower_bound),
@@ -182,24 +185,6 @@ class Entry:
         return True
 
 
-def _given_tensors(given: Mapping[str, Any]) -> tuple[torch.Tensor | None, ...]:
-    """The caller's tensors in the order of TENSORS, as the hot path puts them together."""
-    cu = given["cu_seqlens"]
-    write = given["output_state_indices"]
-    if write is None and not given["disable_state_update"]:
-        write = given["initial_state_indices"]
-    return (
-        *(given[name] for name in ("A_log", "a", "dt_bias", "q", "k", "v", "b", "initial_state_source")),
-        given["initial_state_indices"],
-        write,
-        cu.cu_seqlens if isinstance(cu, SequenceLayout | GraphLayout) else cu,
-        given["intermediate_states_buffer"],
-        given["intermediate_state_indices"],
-        given["retrieve_parent_token"],
-        given["out"],
-    )
-
-
 def _reshape(given: Mapping[str, Any], call: Call) -> Reshape | None:
     if call.a is given["a"] and call.b is given["b"] and call.dt_bias is given["dt_bias"]:
         return None
@@ -212,14 +197,6 @@ def _reshape(given: Mapping[str, Any], call: Call) -> Reshape | None:
         return a, b, dt_bias if dt_bias.shape == bias else dt_bias.unflatten(0, bias)  # type: ignore[no-untyped-call]
 
     return reshape
-
-
-def _new_output(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
-    v = call.v
-    shape, dtype, device = v.shape, call.q.dtype, call.q.device
-    if v.stride() == torch.empty(shape, device="meta").stride():
-        return torch.empty_like  # which would keep the strides of a view
-    return lambda v: torch.empty(shape, dtype=dtype, device=device)
 
 
 def pin(runner: object, call: Call) -> Pinned | None:

@@ -37,7 +37,10 @@ class FirstCalls:
         self._has_operators = has_operators
 
     def __call__(self, arguments: Mapping[str, Any]) -> torch.Tensor:
-        """Run the call with these arguments of the op's ``__call__``, by name. Raises as that does."""
+        """Run the call with these arguments of the op's ``__call__``, by name, and ``tensors``, which it made of them.
+
+        Raises as that does.
+        """
         validate, backend = arguments["validate"], arguments["backend"]
         if validate not in ("fast", "full"):
             raise ArgumentValueError("validate", "'fast' or 'full'", repr(validate))
@@ -58,7 +61,7 @@ class FirstCalls:
         bound = dispatcher.resolve(problem, backend)
         if call.out is None and not call.requires_grad():
             call.out = dispatcher.spec.allocate(call)
-        entry = Entry.of({**given, "backend": backend}, call, problem, bound)
+        entry = Entry.of({**given, "backend": backend}, arguments["tensors"], call, problem, bound)
         if call.n == 0 or call.tokens == 0:
             result = dispatcher.spec.allocate(call) if call.out is None else call.out
         else:

@@ -1,7 +1,7 @@
 """The hot path: a call like an earlier one costs its recognition, its output and the bound runner, nothing else.
 
-A call is recognised by comparing what the host knows of it with the entry that served last, then with the entries for
-the same shapes: flags and names by identity, numbers by type and value, tensors by one guard (``guards``). What is not
+A call is recognised by comparing what the host knows of it with the entries that served last, then with those for the
+same shapes: flags and names by identity, numbers by type and value, tensors by one guard (``guards``). What is not
 recognised goes through ``_first``, which validates, decides, binds and leaves an entry. Contents of device tensors are
 free; offsets that the host holds are compared, because they were checked.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
-from torch.cuda import is_current_stream_capturing
 
 from ....errors import IsokernError, RegistrationError
 from ...dispatch import Dispatcher
-from ...overrides import active
+from ...overrides import NO_OVERRIDES, current_overrides
 from ...varlen.graph_layout import GraphLayout
 from ...varlen.layout import SequenceLayout
 from .call import Call
@@ -28,6 +27,11 @@ from .torch_op import traced
 __all__ = ["HotPath"]
 
 _NAME = "fused_sigmoid_gating"
+
+# What the wrapper in torch.cuda calls; only ever asked about tensors on a GPU.
+is_current_stream_capturing = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
 
 
 class HotPath:
@@ -130,7 +134,7 @@ class HotPath:
             )  # fmt: skip
         layout: SequenceLayout | None = None
         cu: Any = cu_seqlens
-        if cu is not None:
+        if cu is not None and type(cu) is not Tensor:
             if isinstance(cu, SequenceLayout):
                 layout, cu = cu, cu.cu_seqlens
             elif isinstance(cu, GraphLayout):
@@ -143,24 +147,44 @@ class HotPath:
             A_log, a, dt_bias, q, k, v, b, initial_state_source, initial_state_indices, write, cu,
             intermediate_states_buffer, intermediate_state_indices, retrieve_parent_token, out,
         )  # fmt: skip
-        forced = active(_NAME)
+        overrides = current_overrides()
+        forced = None if overrides is NO_OVERRIDES else overrides.get(_NAME)
         entries = self._entries
         candidates, alike = entries.recent, False
         while validate == "fast":
             for entry in candidates:
-                # Flags are one of two objects, and 1 is not True; numbers are mostly the same object, call after call.
+                # Flags are one of two objects, and 1 is not True; numbers and names are mostly the same object, call
+                # after call, else they must agree in type and in value (types first: what tensors compare to waits).
                 if (
                     use_qk_l2norm_in_kernel is not entry.l2norm
                     or is_kda is not entry.is_kda
                     or allow_neg_eigval is not entry.neg_eigval
                     or disable_state_update is not entry.disabled
-                    or (softplus_beta is not entry.softplus_beta and _differ(softplus_beta, entry.softplus_beta))
-                    or (softplus_threshold is not entry.threshold and _differ(softplus_threshold, entry.threshold))
-                    or (scale is not entry.scale and _differ(scale, entry.scale))
-                    or (lower_bound is not entry.lower_bound and _differ(lower_bound, entry.lower_bound))
-                    or (max_seqlen is not entry.max_seqlen and _differ(max_seqlen, entry.max_seqlen))
-                    or (state_layout is not entry.state_layout and _differ(state_layout, entry.state_layout))
-                    or (backend is not entry.backend and _differ(backend, entry.backend))
+                    or (
+                        softplus_beta is not (known := entry.softplus_beta)
+                        and (type(softplus_beta) is not type(known) or softplus_beta != known)
+                    )
+                    or (
+                        softplus_threshold is not (known := entry.threshold)
+                        and (type(softplus_threshold) is not type(known) or softplus_threshold != known)
+                    )
+                    or (scale is not (known := entry.scale) and (type(scale) is not type(known) or scale != known))
+                    or (
+                        lower_bound is not (known := entry.lower_bound)
+                        and (type(lower_bound) is not type(known) or lower_bound != known)
+                    )
+                    or (
+                        max_seqlen is not (known := entry.max_seqlen)
+                        and (type(max_seqlen) is not type(known) or max_seqlen != known)
+                    )
+                    or (
+                        state_layout is not (known := entry.state_layout)
+                        and (type(state_layout) is not type(known) or state_layout != known)
+                    )
+                    or (
+                        backend is not (known := entry.backend)
+                        and (type(backend) is not type(known) or backend != known)
+                    )
                     or (forced is not entry.forced and forced != entry.forced)
                     # What the entry lacks must be absent; that the rest is there, the guard sees.
                     or (cu is not None and not entry.has_cu)
@@ -187,15 +211,19 @@ class HotPath:
                 elif layout.identity is not entry.identity and not entry.takes_layout(layout):
                     continue
 
-                entries.hit()
-                if alike:
-                    entries.promote(entry)
+                number = entries.hit()
+                if entry is not candidates[0] or alike:
+                    entries.served(entry, number)
+                changed = entry.reshape is not None
+                if changed:
+                    a, b, dt_bias = entry.reshape(a, b, dt_bias)  # type: ignore[misc]  # it is there
                 if out is None and entry.new_output is not None:
-                    out = entry.new_output(v)
-                    tensors = (*tensors[:-1], out)
-                if entry.reshape is not None:
-                    a, b, dt_bias = entry.reshape(a, b, dt_bias)
-                    tensors = (A_log, a, dt_bias, q, k, v, b, *tensors[7:])
+                    out, changed = entry.new_output(v), True
+                if changed:
+                    tensors = (
+                        A_log, a, dt_bias, q, k, v, b, initial_state_source, initial_state_indices, write, cu,
+                        intermediate_states_buffer, intermediate_state_indices, retrieve_parent_token, out,
+                    )  # fmt: skip
                 try:
                     if entry.pinned is not None:
                         entry.pinned(tensors)
@@ -219,8 +247,3 @@ class HotPath:
                 break
             candidates, alike = entries.alike(q, v), True
         return self._first(locals())
-
-
-def _differ(given: object, known: object) -> bool:
-    """Whether two numbers or names that are not one object differ, in type or in value."""
-    return type(given) is not type(known) or given != known

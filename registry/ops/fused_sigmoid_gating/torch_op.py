@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
 
 from ....errors import ArgumentValueError, BackendDeclinedError
 from ...decision import RejectCode
@@ -33,6 +34,9 @@ _LEAVES = (
     *(("A_log", 0), ("a", 1), ("dt_bias", 2), ("q", 5), ("k", 6), ("v", 7), ("b", 8)),
     ("initial_state_source", 9),
 )
+
+# Whether autograd is on and one of the tensors (or None) among its arguments requires a gradient.
+_any_requires_grad = torch._C._any_requires_grad
 
 _serving: ContextVar[Any] = ContextVar("isokern_fused_sigmoid_gating_serving", default=None)
 
@@ -57,6 +61,13 @@ def _process_wide() -> Any:
     from ... import get
 
     return get(_NAME)
+
+
+@cache
+def _process_wide_call() -> Callable[..., torch.Tensor]:
+    """The method: objects are called by way of a dictionary, methods are not."""
+    call: Callable[..., torch.Tensor] = _process_wide().__call__
+    return call
 
 
 def is_traced(values: Iterable[object]) -> bool:
@@ -85,13 +96,18 @@ def traced(
     use_qk_l2norm_in_kernel: bool,
     cu_seqlens: torch.Tensor | SequenceLayout | GraphLayout | None,
     *,
+    state_layout: str = "kv",
+    is_kda: bool = False,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
     disable_state_update: bool,
     intermediate_states_buffer: torch.Tensor | None,
     intermediate_state_indices: torch.Tensor | None,
     retrieve_parent_token: torch.Tensor | None,
     output_state_indices: torch.Tensor | None,
     out: torch.Tensor | None,
-    **options: Any,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """The call as one operator of ``torch.ops.isokern``. A layout goes in as its tensor: graphs outlive batches."""
     if isinstance(cu_seqlens, SequenceLayout | GraphLayout):
@@ -103,35 +119,86 @@ def traced(
     reads_only = (initial_state_source is None or disable_state_update) and intermediate_states_buffer is None
     unusual = (intermediate_state_indices, retrieve_parent_token, output_state_indices)
     if reads_only and out is None and unusual == (None, None, None):
-        result: torch.Tensor = torch.ops.isokern.fused_sigmoid_gating_read_only(*shared, **options)
+        result: torch.Tensor = torch.ops.isokern.fused_sigmoid_gating_read_only.default(
+            *shared, state_layout=state_layout, is_kda=is_kda, lower_bound=lower_bound,
+            allow_neg_eigval=allow_neg_eigval, max_seqlen=max_seqlen, backend=backend,
+        )  # fmt: skip
         return result
-    more = {
-        "disable_state_update": disable_state_update,
-        "intermediate_states_buffer": intermediate_states_buffer,
-        "intermediate_state_indices": intermediate_state_indices,
-        "retrieve_parent_token": retrieve_parent_token,
-        "output_state_indices": output_state_indices,
-        **options,
-    }
+    # As the operators take them: keyword arguments are converted one by one.
+    every = (
+        *shared, state_layout, is_kda, lower_bound, allow_neg_eigval, disable_state_update, intermediate_states_buffer,
+        *unusual, max_seqlen, backend,
+    )  # fmt: skip
     if out is not None:
-        torch.ops.isokern.fused_sigmoid_gating.out(*shared, **more, out=out)
+        torch.ops.isokern.fused_sigmoid_gating.out(*every, out=out)
         return out
-    made: torch.Tensor = torch.ops.isokern.fused_sigmoid_gating(*shared, **more)
+    made: torch.Tensor = torch.ops.isokern.fused_sigmoid_gating.default(*every)
     return made
 
 
 # ---- kernels
 
 
-def _in_place(*args: Any, **kwargs: Any) -> torch.Tensor:
-    _refuse_grad(args)
-    result: torch.Tensor = _op()(*args, **kwargs)
+def _in_place(
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    dt_bias: torch.Tensor,
+    softplus_beta: float,
+    softplus_threshold: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    initial_state_source: torch.Tensor | None = None,
+    initial_state_indices: torch.Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    state_layout: str = "kv",
+    is_kda: bool = False,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: torch.Tensor | None = None,
+    intermediate_state_indices: torch.Tensor | None = None,
+    retrieve_parent_token: torch.Tensor | None = None,
+    output_state_indices: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator that writes to its arguments. Spelled out: Python takes a dictionary to call by many names."""
+    if is_grad_enabled() and _any_requires_grad(A_log, a, dt_bias, q, k, v, b, initial_state_source):
+        _refuse_grad((A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source))
+    op = _serving.get()
+    call = _process_wide_call() if op is None else op.__call__
+    if (
+        intermediate_states_buffer is None
+        and intermediate_state_indices is None
+        and retrieve_parent_token is None
+        and output_state_indices is None
+    ):
+        made: torch.Tensor = call(
+            A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source,
+            initial_state_indices, scale, use_qk_l2norm_in_kernel, cu_seqlens, state_layout=state_layout,
+            is_kda=is_kda, lower_bound=lower_bound, allow_neg_eigval=allow_neg_eigval,
+            disable_state_update=disable_state_update, out=out, max_seqlen=max_seqlen, backend=backend,
+        )  # fmt: skip
+        return made
+    result: torch.Tensor = call(
+        A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source,
+        initial_state_indices, scale, use_qk_l2norm_in_kernel, cu_seqlens, state_layout=state_layout, is_kda=is_kda,
+        lower_bound=lower_bound, allow_neg_eigval=allow_neg_eigval, disable_state_update=disable_state_update,
+        intermediate_states_buffer=intermediate_states_buffer, intermediate_state_indices=intermediate_state_indices,
+        retrieve_parent_token=retrieve_parent_token, output_state_indices=output_state_indices, out=out,
+        max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
     return result
 
 
-def _out(*args: Any, **kwargs: Any) -> None:
-    _refuse_grad(args)
-    _op()(*args, **kwargs)
+def _out(*args: Any, out: torch.Tensor) -> None:
+    _in_place(*args, out=out)
 
 
 def _read_only(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -147,7 +214,7 @@ def _pool(args: tuple[Any, ...]) -> torch.Tensor | None:
 
 
 def _refuse_grad(args: tuple[Any, ...]) -> None:
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return
     for name, place in _LEAVES:
         if place < len(args) and args[place] is not None and args[place].requires_grad:

@@ -6,11 +6,11 @@ directory a minute apart would then choose differently. So ranks agree on what t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from .codec import Scalar
 from .environment import Environment
-from .found import Hit, Miss
+from .found import Hit, Miss, Nearest
 from .plan import Plan
 from .store import Store
 
@@ -42,3 +42,14 @@ class SealedStore(Store):
     ) -> Hit | Miss:
         """A miss, for the reason that the store was sealed."""
         return Miss(self.reason)
+
+    def neighbours(
+        self,
+        op: str,
+        contract_version: int,
+        key: Mapping[str, Scalar],
+        sizes: Collection[str],
+        environment: Environment,
+    ) -> list[Nearest]:
+        """None: what is near in one rank's store need not be in another's."""
+        return []

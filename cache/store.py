@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from .entry import Entry, key_hash
 from .environment import Environment
 from .found import MEMORY, Hit, Located, Miss, Nearest, closest
 from .layer import Layer
+from .neighbours import neighbours
 
 __all__ = ["CacheWarning", "Store"]
 
@@ -143,6 +144,19 @@ class Store:
             for name in hashes or ():
                 if wanted in (None, name):
                     yield from self._entries_in(layer, name)
+
+    def neighbours(
+        self,
+        op: str,
+        contract_version: int,
+        key: Mapping[str, Scalar],
+        sizes: Collection[str],
+        environment: Environment,
+    ) -> list[Nearest]:
+        """Entries for problems that differ in ``sizes`` alone, closest first; see :mod:`.neighbours`."""
+        wanted = (op, contract_version)
+        located = (x for x in self.entries(environment) if (x.entry.op, x.entry.contract_version) == wanted)
+        return neighbours(located, key, sizes)
 
     def nearest(self, op: str, key: Mapping[str, Scalar], environment: Environment | None = None) -> Nearest | None:
         """The entry of ``op`` with the fewest key fields unlike ``key``; among equals the one whose numbers

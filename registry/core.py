@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, RegistrationError, StoreError, UnknownNameError
 from . import overrides
-from .backend import Backend
-from .decision import Rule
+from .backend import Backend, Config
+from .decision import Accepted, Rule
 from .dispatch import Dispatcher
-from .plugins import load_attribute, plugins
+from .plugins import checked, load_attribute, plugins
 from .selection import Suggestion, Suggestions
 from .spec import OpSpec
 
@@ -239,7 +239,29 @@ class Registry:
             found.append(Suggestion(rule, entry.backend, dict(entry.config), f"{result.layer} store: {entry.rule}"))
         else:
             notes.append(f"not tuned: {result.reason}")
+            found += self._neighbours(spec, problem, prints)
         return Suggestions(tuple(found), tuple(notes))
+
+    def _neighbours(self, spec: OpSpec, problem: Any, prints: Mapping[str, str]) -> list[Suggestion]:
+        """Choices tuned for other sizes, closest first, as far as they are offered for this one."""
+        sizes = getattr(problem, "sizes", ())
+        if not sizes:
+            return []
+        backends, found = self.backends(spec.name), []
+        environment, key = self.environment(problem.device), problem.tuning_key()
+        for near in self.store.neighbours(spec.name, spec.contract_version, key, sizes, environment):
+            entry = near.located.entry
+            config = Config.from_dict(dict(entry.config))
+            backend = backends.get(entry.backend)
+            if backend is None or prints[entry.backend] != entry.chosen.fingerprint:
+                continue
+            if isinstance(checked(backend, problem), Accepted) and config in backend.configs(problem):
+                unlike = ", ".join(
+                    f"{name} {stored} for {wanted}" for name, (wanted, stored) in near.differences.items()
+                )
+                detail = f"{near.located.layer_name} store: tuned for a batch like it ({unlike})"
+                found.append(Suggestion(Rule.NEIGHBOUR, entry.backend, dict(entry.config), detail))
+        return found
 
     def _forget(self, op: str | None = None) -> None:
         for name, dispatcher in self._dispatchers.items():

@@ -74,6 +74,7 @@ class Rule(StrEnum):
     TUNED_USER = "tuned-user"
     TUNED_SITE = "tuned-site"
     TUNED_SHIPPED = "tuned-shipped"
+    NEIGHBOUR = "neighbour"  # tuned for a batch of about this size
     HEURISTIC = "heuristic"
     REFERENCE = "reference"
 

@@ -91,6 +91,9 @@ class NoStore:
     def get(self, *args):
         return Miss("no entry")
 
+    def neighbours(self, *args):
+        return []
+
     def refresh(self):
         pass
 

@@ -97,6 +97,11 @@ class Problem:
         """
         return {name: value for name, value in self.key().items() if name not in _NOT_TUNED and value is not None}
 
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The fields of :meth:`tuning_key` that only say how much there is: of batches like this one, but larger."""
+        return ("n", "tokens", "longest", "length_class")
+
     def with_mode(self, mode: Literal["eager", "graph"]) -> Problem:
         """The same problem in another launch mode."""
         return replace(self, mode=mode)

@@ -64,11 +64,11 @@ class Compilers:
     Args:
         jobs: how many; None: as many as there are processors for.
 
-    Attributes: ``failures``, a line for everything that did not compile.
+    Attributes: ``jobs``; ``failures``, a line for everything that did not compile.
     """
 
     def __init__(self, jobs: int | None = None, limits: Limits | None = None) -> None:
-        self._jobs = jobs or max(1, processors() - _OTHERS)
+        self.jobs = max(1, processors() - _OTHERS) if jobs is None else jobs
         self._limits = limits or Limits()
         self._work: SimpleQueue[Compilation | None] = SimpleQueue()
         self._crew: list[Worker] = []
@@ -85,7 +85,7 @@ class Compilers:
             self._pending.update(recipe.case for one in work for recipe in one.recipes)
         for one in work:
             self._work.put(one)
-        for _ in range(min(self._jobs, len(work)) - len(self._threads)):
+        for _ in range(min(self.jobs, len(work)) - len(self._threads)):
             worker = Worker("cpu", 1, self._limits, environment=_BLIND)
             thread = threading.Thread(target=self._serve, args=(worker,), name="compiler", daemon=True)
             self._crew.append(worker)

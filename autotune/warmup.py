@@ -257,11 +257,14 @@ def run_warmup(
     *,
     budget_s: float | None = None,
     check: bool = True,
+    compilers: int | None = None,
 ) -> WarmupReport:
     """Tune what is not known, publish each result as soon as there is one, and prove them in a fresh process.
 
     Args:
         budget_s: start no further problem after so many seconds. check: False leaves the proof out.
+        compilers: processes that compile ahead on a GPU; None: as many as there are processors for; 0: none, each
+            candidate is compiled when its turn comes.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM (in the main thread), after the workers are gone.
@@ -274,15 +277,15 @@ def run_warmup(
     todo = sum(not p.known for p in plan.problems)
     workers = Workers(plan.device, plan.threads, plan.settings.limits)
     try:
-        with interruptible(), Compilers(limits=plan.settings.limits) as compilers, workers:
+        with interruptible(), Compilers(compilers, plan.settings.limits) as crew, workers:
             found: dict[int, ProblemReport] = {}
             proven: Proven = {}
-            order = _begin(plan, compilers, workers)
+            order = _begin(plan, crew, workers)
             for planned in order:
                 if budget_s is not None and time.monotonic() - began >= budget_s:
                     break
                 progress.begin(planned.cases[0], len(found), todo)
-                _compiled(planned, compilers, progress)
+                _compiled(planned, crew, progress)
                 with device_lock(plan.device, progress.note):
                     plan.store.refresh()  # whoever held the lock before may have tuned this very problem
                     found[id(planned)] = _tune(plan, planned, workers, progress, proven)
@@ -294,7 +297,7 @@ def run_warmup(
                 else:
                     skipped.append(planned)
             if check:
-                compilers.close()
+                crew.close()
                 workers.close()
                 reports = _proven(plan, reports)
     finally:
@@ -304,7 +307,7 @@ def run_warmup(
     return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
 
 
-def _begin(plan: WarmupPlan, compilers: Compilers, workers: Workers) -> list[PlannedProblem]:
+def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers) -> list[PlannedProblem]:
     """Set compilers and workers off, on a GPU. Returns what to tune, in order.
 
     That is the plan's, but launch by graph first: the device's clock does not mind that the host compiles, while a
@@ -315,21 +318,22 @@ def _begin(plan: WarmupPlan, compilers: Compilers, workers: Workers) -> list[Pla
         return order
     order.sort(key=lambda p: p.task.recipe.mode != "graph")
     fields = [(p.task, admit(plan.registry, OP, p.task.problem).candidates) for p in order]
-    compilers.submit(compilations(fields))
+    if crew.jobs:
+        crew.submit(compilations(fields))
     backends = plan.registry.backends(OP)
     needed = {candidate.backend for _, candidates in fields for candidate in candidates}
     workers.start(sorted({module for name in needed for module in backends[name].requires}))
     return order
 
 
-def _compiled(planned: PlannedProblem, compilers: Compilers, progress: Progress) -> None:
+def _compiled(planned: PlannedProblem, crew: Compilers, progress: Progress) -> None:
     """Wait until nothing is left to compile for the problem; if the host's time counts, until nothing is at all."""
-    if not compilers.idle:
+    if not crew.idle:
         progress.stage("compile", 1)
-        compilers.wait(planned.task if planned.task.recipe.mode == "graph" else None)
+        crew.wait(planned.task if planned.task.recipe.mode == "graph" else None)
         progress.advance("compiled")
-    while compilers.failures:
-        progress.note(f"not compiled ahead: {compilers.failures.pop(0)}")
+    while crew.failures:
+        progress.note(f"not compiled ahead: {crew.failures.pop(0)}")
 
 
 def _tune(

@@ -1,9 +1,11 @@
 """How good the tuner's choices are: regret, transfer within buckets, repeatability, and what the launch mode changes.
 
-    python benchmarks/choice_quality.py --model qwen3-next-80b-a3b --tp 4 --save       # on the device there is
-    python benchmarks/choice_quality.py --quick --tp 8 --device cpu                    # a minute or two
+    python benchmarks/choice_quality.py --model qwen3-next-80b-a3b --tp 1 --tp 4 --save   # on the device there is
+    python benchmarks/choice_quality.py --quick --tp 8 --device cpu                       # a minute or two
 
-Tunes the workload first (from the store at --root, if there is one), and then
+Tunes the workload first (into the store at --root, if there is one), and then
+ again       runs the same warm-up in a fresh process, which finds everything;
+ planted     on a GPU, races wrong and broken kernels against a right one: each must be rejected for what it is;
  held out    draws shapes that were not tuned, lets the registry choose, and times every candidate;
  transfer    does the same on other lengths within each tuned problem's buckets: what the buckets cost;
  agreement   tunes a few problems again in fresh processes from empty stores, and counts who chooses the same;
@@ -12,98 +14,37 @@ Tunes the workload first (from the store at --root, if there is one), and then
 
 from __future__ import annotations
 
-import json
-import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 import typer
+from choice_planted import planted, planted_summary
+from choice_processes import agreement, look_up
+from choice_shapes import held_out_cases, task_of, transfer_tasks
 from record import Row, meta, save
 from rich.console import Console
 from rich.table import Table
 
 from isokern import registry
 from isokern.autotune.candidates import PREDICATE_CODES
-from isokern.autotune.regret import NothingToCompareError, Regret, lengths_in_bucket, measure_regret
+from isokern.autotune.regret import NothingToCompareError, Regret, measure_regret
 from isokern.autotune.report import format_duration
 from isokern.autotune.tuner import Task
-from isokern.autotune.warmup import WarmupPlan, WarmupReport, arch_of, plan_warmup, run_warmup
+from isokern.autotune.warmup import WarmupPlan, WarmupReport, plan_warmup, run_warmup
 from isokern.autotune.worker import Worker
 from isokern.cache import Entry, Layer, Store
-from isokern.registry.ops.fused_sigmoid_gating.catalogue import model as lookup
-from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concrete
-from isokern.registry.ops.fused_sigmoid_gating.describe import describe
-from isokern.registry.ops.fused_sigmoid_gating.lengths import LengthLayout
-from isokern.registry.ops.fused_sigmoid_gating.workload_case import Case, Phase, Tier, case_name, parse_case
+from isokern.registry.ops.fused_sigmoid_gating.workload_case import Tier
 
 OP = "fused_sigmoid_gating"
 #: Decode alone, at 1 and at 64 rows, where candidates lie closest together.
 AGREE_ON = ("decode N=1", "decode N=64")
 
 app = typer.Typer(add_completion=False)
-
-
-# ---- shapes
-
-
-def held_out_cases(count: int, most_tokens: int, seed: int = 0) -> list[Case]:
-    """Batches as a server meets them, of any size: decode, one prompt beside decode rows, a prompt, several prompts."""
-    draw = random.Random(seed)
-
-    def size(low: int, high: int) -> int:
-        return round(2 ** draw.uniform(*(x.bit_length() - 1 for x in (low, high))))
-
-    found: dict[str, Case] = {}
-    while len(found) < count:
-        kind = draw.choices(("decode", "mixed", "prompt", "prompts"), (5, 3, 1, 1))[0]
-        rows, prompt = size(1, min(256, most_tokens)), size(16, most_tokens)
-        match kind:
-            case "decode":
-                phase, lengths = Phase.DECODE, [1] * rows
-            case "mixed":
-                phase, lengths = Phase.MIXED, [1] * min(rows, most_tokens) + [prompt]
-            case "prompt":
-                phase, lengths = Phase.PREFILL, [prompt]
-            case _:
-                n = size(2, 16)
-                phase, lengths = Phase.PREFILL, [max(2, round(prompt / n * draw.uniform(0.4, 1.6))) for _ in range(n)]
-        layout = LengthLayout.of_lengths(lengths)
-        case = Case(case_name(phase, layout), phase, layout)
-        found.setdefault(case.name, case)
-    return list(found.values())
-
-
-def transfer_tasks(plan: WarmupPlan, per_problem: int) -> list[Task]:
-    """Other lengths of each problem of ``plan``, within its buckets and class; none where a bucket holds one only."""
-    found = []
-    for planned in plan.problems:
-        recipe = planned.task.recipe
-        seen = {recipe.case.lengths}
-        for seed in range(per_problem):
-            layout = lengths_in_bucket(planned.task.problem.profile, seed)
-            if layout is None or layout.lengths() in seen:
-                continue
-            seen.add(layout.lengths())
-            spec = recipe.case.but(name=f"{recipe.case.name} as {layout}"[:120], lengths=layout.lengths(), padded=())
-            task = Task(replace(recipe, case=spec, twin=adversarial_twin(spec)), planned.task.problem)
-            found.append(task)
-    return found
-
-
-def task_of(case: Case, plan: WarmupPlan, mode: str) -> Task:
-    """The task of a case in ``plan``'s environment."""
-    spec = concrete(lookup(plan.model).shard(plan.tp), case)
-    template = plan.problems[0].task.recipe
-    recipe = replace(template, case=spec, twin=adversarial_twin(spec), mode=mode)
-    return Task(recipe, describe(spec, plan.environment.device, arch_of(plan.environment), recipe.mode))
 
 
 # ---- measuring
@@ -176,81 +117,52 @@ def _cost(chosen_for: Entry, used_in: Entry) -> float | None:
     return there / best if there and best else None
 
 
-# ---- agreement of fresh tuning runs
-
-
-def agreement(
-    model: str, tp: int, device: str, cases: Sequence[str], processes: int, out: Console
-) -> tuple[dict[str, Any], list[Row]]:
-    """Tune ``cases`` from nothing in so many processes, one after the other, and compare the winners."""
-    votes: dict[str, Counter[str]] = {}
-    runs = []
-    for number in range(processes):
-        with tempfile.TemporaryDirectory(prefix="isokern-choice-") as root:
-            command = [
-                sys.executable,
-                __file__,
-                "once",
-                "--model",
-                model,
-                "--tp",
-                str(tp),
-                "--device",
-                device,
-                "--root",
-                root,
-            ]
-            done = subprocess.run([*command, *cases], capture_output=True, text=True, check=True)
-        chosen = json.loads(done.stdout.splitlines()[-1])
-        runs.append(tuple(sorted(chosen.items())))
-        for case, label in chosen.items():
-            votes.setdefault(case, Counter())[label] += 1
-        out.print(f"agreement {number + 1}/{processes}: {chosen}", markup=False, highlight=False)
-    return agreement_summary(runs), [
-        Row(case, "isokern", extra={"what": "agreement", "votes": dict(counter)}) for case, counter in votes.items()
-    ]
-
-
-def agreement_summary(runs: Sequence[tuple[tuple[str, str], ...]]) -> dict[str, Any]:
-    """How many runs chose the same for every problem as the largest group of runs."""
-    largest = Counter(runs).most_common(1)[0][1] if runs else 0
-    return {"runs": len(runs), "agreeing": largest, "problems": len(runs[0]) if runs else 0}
-
-
-@app.command()
-def once(
-    cases: list[str],
-    model: Annotated[str, typer.Option()],
-    tp: Annotated[int, typer.Option()],
-    device: Annotated[str, typer.Option()],
-    root: Annotated[Path, typer.Option()],
-) -> None:
-    """One tuning run; prints the winners as JSON. Used by the agreement part."""
-    store = Store([Layer("explicit", root, writable=True)])
-    registry.use_store(store)
-    plan = plan_warmup(model, tp, [parse_case(case) for case in cases], device, tier=Tier.FULL, store=store)
-    report = run_warmup(plan, check=False)
-    chosen = {f"{p.planned.task.recipe.mode} {p.planned.cases[0]}": p.entry.label for p in report.problems if p.entry}
-    typer.echo(json.dumps(chosen))
-
-
 # ---- all of it
 
 
-def estimate_summary(report: WarmupReport) -> dict[str, Any] | None:
-    """What the dry run had said against what it took; None if nothing was tuned."""
-    estimate = report.plan.estimate_s
-    if not estimate or report.skipped:
+def estimate_summary(reports: Sequence[WarmupReport]) -> dict[str, Any] | None:
+    """What the dry runs had said against what they took; None if nothing was tuned."""
+    estimate = sum(report.plan.estimate_s for report in reports)
+    if not estimate or any(report.skipped for report in reports):
         return None
-    took = sum(p.seconds for p in report.problems)
+    took = sum(report.seconds for report in reports)
     text = f"{format_duration(took)} of tuning, {format_duration(estimate)} estimated"
     return {"estimated_s": round(estimate, 1), "took_s": round(took, 1), "ratio": took / estimate, "text": text}
+
+
+def tuned(
+    model: str, tps: Sequence[int], device: str, tier: Tier, store: Store, out: Console
+) -> tuple[list[WarmupReport], float]:
+    """Warm up for every number of ranks; the reports, and seconds of it all."""
+    began = time.monotonic()
+    reports = []
+    for tp in tps:
+        plan = plan_warmup(model, tp, None, device, tier=tier, store=store)
+        reports.append(run_warmup(plan))
+        for error in reports[-1].errors:
+            out.print(error, style="red", markup=False)
+    seconds = time.monotonic() - began
+    out.print(f"tuned in {format_duration(seconds)}")
+    return reports, seconds
+
+
+def warmup_summary(reports: Sequence[WarmupReport], seconds: float, again: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How long warm-ups take from an empty and from a full store, and what fresh processes then dispatch."""
+    problems = [p for report in reports for p in report.problems]
+    proofs = [p.proof for p in problems if p.proof is not None]
+    return {
+        "problems": len(problems),
+        "tuned": sum(p.entry is not None and not p.was_known for p in problems),
+        "proven": sum(proof.ok for proof in proofs),
+        "seconds": round(seconds, 1),
+        "again": list(again),
+    }
 
 
 @app.command()
 def run(
     model: Annotated[str, typer.Option()] = "qwen3-next-80b-a3b",
-    tp: Annotated[int, typer.Option()] = 1,
+    tp: Annotated[list[int] | None, typer.Option(help="numbers of ranks; repeatable (1)")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
     tier: Annotated[Tier, typer.Option(help="how much of the workload is tuned")] = Tier.CORE,
     root: Annotated[Path | None, typer.Option(help="store to tune into, kept; a temporary one if not given")] = None,
@@ -264,33 +176,38 @@ def run(
 ) -> None:
     """Tune, measure, print; with --save also write the result file."""
     out = Console(width=140)
+    tps = tp or [1]
     if quick:
         tier, held_out, per_bucket, processes, blocks = Tier.SMOKE, 3, 1, 2, 6
     with tempfile.TemporaryDirectory(prefix="isokern-choice-") as scratch:
-        store = Store([Layer("explicit", root or Path(scratch), writable=True)])
+        where = root or Path(scratch)
+        store = Store([Layer("explicit", where, writable=True)])
         registry.use_store(store)
-        plan = plan_warmup(model, tp, None, device, tier=tier, store=store)
-        began = time.monotonic()
-        report = run_warmup(plan)
-        for error in report.errors:
-            out.print(error, style="red", markup=False)
-        out.print(f"tuned in {format_duration(time.monotonic() - began)}")
-        modes = tuple(dict.fromkeys(p.task.recipe.mode for p in plan.problems))
-        limit = most_tokens or (512 if plan.environment.device == "cpu" else 8192)
-        fresh = [task_of(case, plan, modes[i % len(modes)]) for i, case in enumerate(held_out_cases(held_out, limit))]
-        rows = measure("held_out", fresh, plan, blocks, out)
-        rows += measure("transfer", transfer_tasks(plan, per_bucket), plan, blocks, out)
-        agreed, votes = agreement(model, tp, plan.environment.device, AGREE_ON[: 1 if quick else 2], processes, out)
+        reports, seconds = tuned(model, tps, device, tier, store, out)
+        plans = [report.plan for report in reports]
+        device, on_cpu = plans[0].device, plans[0].environment.device == "cpu"
+        again = [look_up(model, ranks, device, where, tier) for ranks in tps]
+        modes = tuple(dict.fromkeys(p.task.recipe.mode for p in plans[0].problems))
+        rows = [] if on_cpu else planted(device, modes, out)
+        limit = most_tokens or (512 if on_cpu else 8192)
+        for i, plan in enumerate(plans):
+            cases = held_out_cases(held_out, limit)[i :: len(plans)]
+            fresh = [task_of(case, plan, modes[n % len(modes)]) for n, case in enumerate(cases)]
+            rows += measure("held_out", fresh, plan, blocks, out)
+            rows += measure("transfer", transfer_tasks(plan, per_bucket), plan, blocks, out)
+        agreed, votes = agreement(model, tps[0], device, AGREE_ON[: 1 if quick else 2], processes, out)
         summary = {
+            "warmup": warmup_summary(reports, seconds, again),
+            "planted": planted_summary(rows),
             "held_out": regret_summary(rows, "held_out"),
             "transfer": regret_summary(rows, "transfer"),
             "agreement": agreed,
-            "modes": mode_summary(item.entry for item in store.entries(plan.environment)),
-            "estimate": estimate_summary(report),
+            "modes": mode_summary(item.entry for item in store.entries(plans[0].environment)),
+            "estimate": estimate_summary(reports),
         }
         show(summary, out)
         if keep:
-            information = meta(summary=summary, model=model, tp=tp, device=plan.device, quick=quick)
+            information = meta(summary=summary, model=model, tp=tps, device=device, quick=quick)
             out.print(str(save("choice", gpu_name(information), information, [*rows, *votes])))
 
 
@@ -314,6 +231,14 @@ def show(summary: dict[str, Any], out: Console) -> None:
             text = f"mean regret {100 * part['mean']:.2f} %, worst {100 * part['worst']:.2f} %, {part['count']} shapes"
             table.add_row(name.replace("_", " "), f"{text}, {part['by_tuned_choice']} by a tuned choice")
     agreed, modes, estimate = summary["agreement"], summary["modes"], summary["estimate"]
+    warm, bad = summary["warmup"], summary["planted"]
+    table.add_row(
+        "warm-up", f"{format_duration(warm['seconds'])} for {warm['tuned']} problems, {warm['proven']} proven"
+    )
+    for one in warm["again"]:
+        table.add_row("again", f"TP {one['tp']}: {one['seconds']} s, {one['known']} of {one['problems']} known")
+    if bad:
+        table.add_row("planted", f"{bad['as_expected']} of {bad['candidates']} ended as they should")
     table.add_row("agreement", f"{agreed['agreeing']} of {agreed['runs']} runs, over {agreed['problems']} problems")
     if modes["pairs"]:
         wrong = f"the wrong one costs up to {modes['worst']:.2f}x"
@@ -326,6 +251,4 @@ def show(summary: dict[str, Any], out: Console) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "run")  # `once` is for the agreement part alone
     app()

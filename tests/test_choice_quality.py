@@ -32,6 +32,9 @@ def load(name: str, folder: Path):
 
 
 load("record", BENCHMARKS)
+shapes = load("choice_shapes", BENCHMARKS)
+processes = load("choice_processes", BENCHMARKS)
+traps = load("choice_planted", BENCHMARKS)
 harness = load("choice_quality", BENCHMARKS)
 warmup_tests = load("test_warmup", TESTS)
 planted = warmup_tests.planted
@@ -137,21 +140,21 @@ def test_a_choice_that_cannot_run_is_reported(plan, worker):
 
 
 def test_held_out_shapes_are_many_different_and_repeatable():
-    cases = harness.held_out_cases(40, 4096)
+    cases = shapes.held_out_cases(40, 4096)
     assert len({c.name for c in cases}) == 40
     assert {c.phase.value for c in cases} == {"decode", "mixed", "prefill"}
-    assert cases == harness.held_out_cases(40, 4096)
+    assert cases == shapes.held_out_cases(40, 4096)
     assert max(c.lengths.longest for c in cases) <= 4096
 
 
 def test_transfer_shapes_have_the_problem_they_are_for(tmp_path):
     plan = warmup_tests.plan_at(tmp_path, ("decode N=1", "mixed 3x1+1x16", "verify 4x4"))
-    tasks = harness.transfer_tasks(plan, 2)
+    tasks = shapes.transfer_tasks(plan, 2)
     keys = {p.cases[0]: p.task.key for p in plan.problems}
     assert {t.recipe.case.name.partition(" as ")[0] for t in tasks} == {"mixed 3x1+1x16", "verify 4x4"}, "N=1 has one"
     for task in tasks:
         assert task.key == keys[task.recipe.case.name.partition(" as ")[0]]
-        made = harness.describe(task.recipe.case, "cpu", 0, task.recipe.mode)
+        made = shapes.describe(task.recipe.case, "cpu", 0, task.recipe.mode)
         assert made.tuning_key() == task.key, "what a worker will make of it"
 
 
@@ -180,7 +183,7 @@ def test_launch_modes_are_compared_problem_by_problem():
 
 def test_agreement_counts_the_largest_group_of_runs():
     a, b = (("x", "cupy"), ("y", "triton")), (("x", "cupy"), ("y", "cupy"))
-    assert harness.agreement_summary([a, b, a, a]) == {"runs": 4, "agreeing": 3, "problems": 2}
+    assert processes.agreement_summary([a, b, a, a]) == {"runs": 4, "agreeing": 3, "problems": 2}
 
 
 def test_regrets_below_zero_count_as_none():
@@ -204,14 +207,29 @@ def test_refused_candidates_are_those_that_broke_somewhere():
 
 
 def test_the_estimate_is_held_against_what_it_took():
-    report = SimpleNamespace(
-        plan=SimpleNamespace(estimate_s=80.0), skipped=(), problems=[SimpleNamespace(seconds=s) for s in (60.0, 60.0)]
-    )
-    summary = harness.estimate_summary(report)
+    report = SimpleNamespace(plan=SimpleNamespace(estimate_s=80.0), skipped=(), seconds=120.0)
+    summary = harness.estimate_summary([report])
     assert summary["ratio"] == 1.5
     assert summary["text"] == "2 min 00 s of tuning, 1 min 20 s estimated"
     report.plan.estimate_s = 0.0
-    assert harness.estimate_summary(report) is None
+    assert harness.estimate_summary([report]) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "expected", "fine"),
+    [
+        (CandidateRecord("a", {}, "rejected", "wrong", "off by 3"), "wrong", True),
+        (CandidateRecord("a", {}, "rejected", "raised", "?"), "wrong", False),
+        (CandidateRecord("a", {}, "ok", median_us=1.0, samples_us=(1.0,)), "wrong", False),
+        (CandidateRecord("a", {}, "ok", median_us=1.0, samples_us=(1.0,)), None, True),
+        (CandidateRecord("a", {}, "rejected", "slow", "1.1x", 1.1, (1.1,)), None, True),
+        (CandidateRecord("a", {}, "rejected", "wrong", "off by 3"), None, False),
+    ],
+)
+def test_a_planted_candidate_must_end_as_it_deserves(record, expected, fine):
+    row = traps.judged(record, expected, "graph")
+    assert row.extra["as_expected"] is fine
+    assert traps.planted_summary([row])["as_expected"] == int(fine)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class TestCompilers:
         compilers.close()
 
     def test_leaves_processors_to_those_who_measure(self):
-        assert 1 <= Compilers()._jobs <= max(1, processors() - 1)
+        assert 1 <= Compilers().jobs <= max(1, processors() - 1)
 
 
 @pytest.mark.parametrize("name", ["cupy", "triton", "numba_cuda"])

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isokern import registry
-from isokern.backends.launch.driver import Driver, address_of, gpu, pointer
+from isokern.backends.launch.driver import Driver, address_of, gpu
 from isokern.backends.launch.launcher import Launcher
 from isokern.backends.launch.recording import RecordingLibrary
 from isokern.registry import FunctionBackend, Registry
@@ -60,14 +60,18 @@ Run = Callable[[], object]
 
 @dataclass
 class Timed:
-    """What to time. ``part``: a piece of a call, not a whole one."""
+    """What to time. ``part``: a piece of a call, not a whole one. ``chosen``: the backend forced around it."""
 
     implementation: str
     run: Run
     backend: str | None = None
     config: str | None = None
     part: bool = False
+    chosen: str | None = None
     samples: list[float] = field(default_factory=list)
+
+    def forced(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.chosen is None else registry.use(OP, backend=self.chosen)
 
 
 def spec_of(n: int) -> CaseSpec:
@@ -95,15 +99,14 @@ def site_of(op: Callable[..., object], kwargs: dict, backend: str | None, out: t
     )  # fmt: skip
 
 
-def operator_site_of(kwargs: dict, backend: str) -> Run:
-    """A call of the torch operator, as a compiled graph makes it: the overload, all by position."""
+def operator_site_of(kwargs: dict) -> Run:
+    """A call of the torch operator as a compiled graph makes it: the overload, by position, without last defaults."""
     operator = getattr(torch.ops.isokern, OP).default
     first = "A_log a dt_bias softplus_beta softplus_threshold q k v b initial_state_source initial_state_indices scale"
-    then = "use_qk_l2norm_in_kernel cu_seqlens state_layout is_kda lower_bound allow_neg_eigval"
+    then = "use_qk_l2norm_in_kernel cu_seqlens state_layout"
     cu = kwargs["cu_seqlens"]
     given = {**kwargs, "cu_seqlens": getattr(cu, "cu_seqlens", cu)}
-    # disable_state_update, the four of verification, max_seqlen
-    arguments = (*(given[name] for name in f"{first} {then}".split()), False, None, None, None, None, None, backend)
+    arguments = tuple(given[name] for name in f"{first} {then}".split())
     return lambda: operator(*arguments)
 
 
@@ -165,15 +168,9 @@ def driver_launches(launcher: Launcher, call: Call) -> list[Timed]:
                       replace(gpu(), library=library)).pin(call)  # fmt: skip
     pinned(tensors_of(call))
     config, handle, extra = seen[0]
-    library, function = gpu().library, ctypes.c_void_p()
-    launch = library.cuLaunchKernelEx
-    library.cuKernelGetFunction(ctypes.byref(function), handle)
-    direct = pointer(function.value or 0)
+    launch = gpu().library.cuLaunchKernelEx
     # ``pinned`` owns the memory behind the addresses.
-    timed = [
-        Timed("driver launch, ctypes", lambda: (launch(config, handle, None, extra), pinned)[0], part=True),
-        Timed("driver launch, CUfunction", lambda: launch(config, direct, None, extra), part=True),
-    ]
+    timed = [Timed("driver launch, ctypes", lambda: (launch(config, handle, None, extra), pinned)[0], part=True)]
     if importlib.util.find_spec("cuda.bindings") is not None:
         from cuda.bindings import driver
 
@@ -269,7 +266,7 @@ def of_backend(backend: str, spec: CaseSpec) -> list[Timed]:
             Timed("isokern op", site_of(op, kwargs, backend)),
             Timed("isokern op, out given", site_of(op, kwargs, backend, call.out)),
             Timed("isokern op's __call__, kept", site_of(op.__call__, kwargs, backend)),
-            Timed("isokern through torch.library", operator_site_of(kwargs, backend)),
+            Timed("isokern through torch.library", operator_site_of(kwargs), chosen=backend),
             Timed("bound runner", lambda: launcher(call)),
             Timed("pinned runner", lambda: pinned(tensors)),
             *driver_launches(launcher, call),
@@ -305,8 +302,9 @@ def measure(timed: list[Timed]) -> None:
     """Fill in the samples, microseconds per call."""
     wait = torch.cuda.synchronize if ON_GPU else lambda: None
     for one in timed:
-        for _ in range(3):
-            one.run()
+        with one.forced():
+            for _ in range(3):
+                one.run()
     wait()
     shuffle = random.Random(0)
     with _collector_off():
@@ -315,10 +313,11 @@ def measure(timed: list[Timed]) -> None:
             shuffle.shuffle(order)
             for one in order:
                 run, calls = one.run, range(CALLS)
-                start = time.perf_counter()
-                for _ in calls:
-                    run()
-                one.samples.append(1e6 * (time.perf_counter() - start) / CALLS)
+                with one.forced():
+                    start = time.perf_counter()
+                    for _ in calls:
+                        run()
+                    one.samples.append(1e6 * (time.perf_counter() - start) / CALLS)
                 wait()
 
 

@@ -22,7 +22,7 @@ __all__ = ["pinned"]
 
 _WORD = 8
 _address = torch.Tensor.data_ptr
-#: A frame, the kernel's handle, bytes of scratch memory for all blocks.
+#: A frame, the kernel's handle on the device, bytes of scratch memory for all blocks.
 _Form = tuple[Frame, Any, int]
 
 
@@ -53,7 +53,7 @@ def pinned(
 
     def made(aligned: bool) -> _Form:
         loaded = kernel(aligned)
-        handle = pointer(loaded.handle.value or 0)
+        handle = pointer(loaded.function(device))
         form = Frame(layout, loaded), handle, loaded.image.scratch * loaded.image.cluster * blocks
         forms[aligned] = form
         return form

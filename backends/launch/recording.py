@@ -88,7 +88,8 @@ class RecordingLibrary:
         self.settings.append((which, value))
         return self._code("cuKernelSetAttribute")
 
-    def cuKernelGetFunction(self, _function: Any, _kernel: Any) -> int:
+    def cuKernelGetFunction(self, function: Any, kernel: ctypes.c_void_p) -> int:
+        function._obj.value = kernel.value
         return self._code("cuKernelGetFunction")
 
     def cuFuncLoad(self, _function: Any) -> int:

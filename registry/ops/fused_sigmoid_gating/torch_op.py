@@ -124,11 +124,16 @@ def traced(
             allow_neg_eigval=allow_neg_eigval, max_seqlen=max_seqlen, backend=backend,
         )  # fmt: skip
         return result
-    # As the operators take them: keyword arguments are converted one by one.
-    every = (
-        *shared, state_layout, is_kda, lower_bound, allow_neg_eigval, disable_state_update, intermediate_states_buffer,
+    # As the operators take them: by position, since keyword arguments are converted one by one; and no further than
+    # needed, since so are the others.
+    options = (
+        state_layout, is_kda, lower_bound, allow_neg_eigval, disable_state_update, intermediate_states_buffer,
         *unusual, max_seqlen, backend,
     )  # fmt: skip
+    needed = len(options)
+    while needed > 1 and (options[needed - 1] is None or options[needed - 1] is False):
+        needed -= 1
+    every = (*shared, *options[:needed])
     if out is not None:
         torch.ops.isokern.fused_sigmoid_gating.out(*every, out=out)
         return out

@@ -110,6 +110,8 @@ class Session:
                 return self.bind(arguments)
             case "import":
                 return self.import_modules(arguments["modules"])
+            case "rehearse":
+                return self.rehearse(ProblemRecipe.from_dict(arguments["problem"]))
             case "compile":
                 return self.compile(arguments)
             case "first_call":
@@ -190,6 +192,13 @@ class Session:
             except Exception as error:  # noqa: BLE001 - another library's import may raise anything
                 failed[name] = f"{type(error).__name__}: {error}"
         return {"failed": failed}
+
+    def rehearse(self, recipe: ProblemRecipe) -> dict[str, Any]:
+        """Gate the reference itself, whatever comes of it: libraries load their kernels at first use, for seconds."""
+        self.load(recipe)
+        reference = {"name": "", "backend": self.spec.reference_backend, "config": {}, "origin": None}
+        self.bind(reference)
+        return self.gate("", [recipe.seed], 1)
 
     def compile(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Compile one candidate's kernels for some problems on a GPU of architecture ``arch``; needs no GPU."""

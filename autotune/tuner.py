@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -101,19 +100,21 @@ class Workers:
         self.examiner = Worker(device, threads, limits)
         self.timer = Worker(device, threads, limits)
 
-    def start(self, modules: Sequence[str]) -> None:
-        """Start both at the same time, and have them import ``modules``; else they do so when it is their turn.
+    def start(self, modules: Sequence[str], rehearsal: ProblemRecipe | None = None) -> None:
+        """Start both at the same time, and have them load what they will need; else they do so when it is their turn.
+
+        Args:
+            modules: to import. rehearsal: a problem for the one that examines to go through the gate with.
 
         Raises:
-            WorkerError: one does not start.
+            WorkerError: one does not start. CandidateFailure: the rehearsal fails.
         """
-
-        def begin(worker: Worker) -> None:
+        for worker in (self.examiner, self.timer):
+            worker.begin()
+        for worker in (self.examiner, self.timer):
             worker.request("import", worker.limits.boot, modules=list(modules))
-
-        with ThreadPoolExecutor(2) as pool:
-            for started in [pool.submit(begin, worker) for worker in (self.examiner, self.timer)]:
-                started.result()
+        if rehearsal is not None:
+            self.examiner.request("rehearse", self.examiner.limits.gate, problem=rehearsal.to_dict())
 
     @property
     def spawned(self) -> int:

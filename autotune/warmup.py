@@ -39,6 +39,7 @@ from .progress import Progress
 from .prove import Proof, prove
 from .recipe import ProblemRecipe
 from .tuner import NothingProvenError, Proven, Settings, Task, Workers, default_settings, known, tune_problem
+from .worker import CandidateFailure
 
 __all__ = ["Interrupted", "PlannedProblem", "ProblemReport", "WarmupPlan", "WarmupReport", "plan_warmup", "run_warmup"]
 
@@ -280,7 +281,7 @@ def run_warmup(
         with interruptible(), Compilers(compilers, plan.settings.limits) as crew, workers:
             found: dict[int, ProblemReport] = {}
             proven: Proven = {}
-            order = _begin(plan, crew, workers)
+            order = _begin(plan, crew, workers, progress)
             for planned in order:
                 if budget_s is not None and time.monotonic() - began >= budget_s:
                     break
@@ -307,7 +308,7 @@ def run_warmup(
     return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
 
 
-def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers) -> list[PlannedProblem]:
+def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers, progress: Progress) -> list[PlannedProblem]:
     """Set compilers and workers off, on a GPU. Returns what to tune, in order.
 
     That is the plan's, but launch by graph first: the device's clock does not mind that the host compiles, while a
@@ -322,7 +323,11 @@ def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers) -> list[PlannedP
         crew.submit(compilations(fields))
     backends = plan.registry.backends(OP)
     needed = {candidate.backend for _, candidates in fields for candidate in candidates}
-    workers.start(sorted({module for name in needed for module in backends[name].requires}))
+    least = min(order, key=lambda p: p.task.recipe.case.tokens).task.recipe
+    try:
+        workers.start(sorted({module for name in needed for module in backends[name].requires}), least)
+    except CandidateFailure as failure:
+        progress.note(f"the rehearsal failed, and so may the gate: {failure}")
     return order
 
 

@@ -96,6 +96,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._output: Any = None
+        self._greeted = False
 
     def __enter__(self) -> Self:
         return self
@@ -121,14 +122,28 @@ class Worker:
             CandidateFailure: it raised, died, or took too long (then it was killed with all it had started).
             WorkerError: no worker could be started.
         """
-        channel = self._channel if self.alive and self._channel is not None else self._start()
+        channel = self._channel if self.alive and self._channel is not None else self._launch()
+        if not self._greeted:
+            self._greet(channel)
         return self._ask(channel, do, limit_s, arguments)
+
+    def begin(self) -> None:
+        """Start the process without waiting for it; the first request will.
+
+        The process lives no longer than the thread that starts it.
+        """
+        if not self.alive:
+            self._launch()
 
     def _ask(self, channel: Channel, do: str, limit_s: float, arguments: dict[str, Any]) -> dict[str, Any]:
         self._output.truncate(0)  # only what this request prints is of interest if it kills the worker
+        with contextlib.suppress(ChannelClosedError):  # the answer tells
+            channel.send({"do": do, **arguments})
+        return self._answer(channel, do, limit_s)
+
+    def _answer(self, channel: Channel, do: str, limit_s: float) -> dict[str, Any]:
         at: str | None = None
         try:
-            channel.send({"do": do, **arguments})
             while "at" in (message := channel.receive(limit_s)):
                 at = str(message["at"])
         except TimeoutError:
@@ -147,7 +162,7 @@ class Worker:
         assert isinstance(result, dict)
         return result
 
-    def _start(self) -> Channel:
+    def _launch(self) -> Channel:
         self.kill()
         ours, theirs = socket.socketpair()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
@@ -163,21 +178,22 @@ class Worker:
                 start_new_session=True,  # one group to kill, and no terminal signals past the parent
             )
         self.spawned += 1
-        self._channel = Channel(ours)
+        self._channel = channel = Channel(ours)
         paths = [os.getcwd() if path == "" else path for path in sys.path]
+        hello = {"device": self.device, "threads": self.threads, "paths": paths, "parent": os.getpid()}
+        with contextlib.suppress(ChannelClosedError):  # then it is dead, and will be found so
+            channel.send({"do": "hello", **hello})
+        return channel
+
+    def _greet(self, channel: Channel) -> None:
         try:
-            hello = self._ask(
-                self._channel,
-                "hello",
-                self.limits.boot,
-                {"device": self.device, "threads": self.threads, "paths": paths, "parent": os.getpid()},
-            )
+            hello = self._answer(channel, "hello", self.limits.boot)
         except CandidateFailure as failure:
             raise WorkerError(f"a worker for {self.device} does not start: {failure.verdict.reason}") from failure
         if hello["canary"] != CANARY:
             self.kill()
             raise WorkerError(f"the canary on {self.device} gives {hello['canary']}, not {CANARY}: a broken device")
-        return self._channel
+        self._greeted = True
 
     def _post_mortem(self) -> str:
         assert self._process is not None
@@ -203,7 +219,7 @@ class Worker:
 
     def kill(self) -> None:
         """End the process and all it started. The next request starts a fresh one. Idempotent."""
-        process, self._process = self._process, None
+        process, self._process, self._greeted = self._process, None, False
         if process is not None:
             _kill_tree(process)
         if self._channel is not None:

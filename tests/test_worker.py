@@ -15,6 +15,7 @@ import pytest
 
 from isokern.autotune.channel import Channel, ChannelClosedError
 from isokern.autotune.recipe import Origin, ProblemRecipe, find_backend, origin_of
+from isokern.autotune.tuner import Workers
 from isokern.autotune.worker import CandidateFailure, Limits, Worker
 from isokern.errors import RegistrationError
 from isokern.registry.core import Registry
@@ -204,3 +205,18 @@ def test_a_worker_does_not_outlive_its_tuner_even_while_a_candidate_hangs():
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
     assert done.returncode == -9
+
+
+def test_two_workers_that_begin_together_serve_from_their_first_processes():
+    with Workers("cpu", 1) as both:
+        both.start(["json", "no_such_module"])
+        pids = (both.examiner.pid, both.timer.pid)
+        for worker in (both.examiner, both.timer):
+            assert worker.request("import", LIMITS.call, modules=["no_such_module"])["failed"]["no_such_module"]
+        assert (both.examiner.pid, both.timer.pid) == pids
+        assert both.spawned == 2
+
+
+def test_a_rehearsal_goes_through_the_gate_and_leaves_the_worker_as_it_was(worker):
+    verdict = worker.request("rehearse", LIMITS.gate, problem=RECIPE.to_dict())
+    assert verdict["code"] is None

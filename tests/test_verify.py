@@ -20,7 +20,7 @@ from isokern.registry import Accepted, FunctionBackend, RejectCode, Rejected
 from isokern.registry.conformance import cli
 from isokern.registry.conformance.check import Finding, Status
 from isokern.registry.conformance.cli import verify_backends
-from isokern.registry.conformance.report import Report
+from isokern.registry.conformance.report import Report, Skipped
 from isokern.registry.conformance.runner import belongs_elsewhere
 
 OP = "fused_sigmoid_gating"
@@ -30,8 +30,10 @@ GPU = tuple(ENGINES)
 class Ran:
     """Stands for the suite: notes what was to run where."""
 
-    def __init__(self, monkeypatch, cuda=False):
+    def __init__(self, monkeypatch, cuda=False, not_on_gpu=()):
         self.calls = []
+        self.not_on_gpu = not_on_gpu
+        self.in_engines = {}
         monkeypatch.setattr(cli, "run_checks", self.on_device)
         monkeypatch.setattr(cli, "EngineSession", self.session)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -45,7 +47,8 @@ class Ran:
 
     def on_device(self, op, backend, config, checks, tier, advance, *, device):
         self.calls.append((backend.name, str(device), config))
-        return report_of(backend.name, device)
+        skipped = self.not_on_gpu if device == "cuda" else ()
+        return report_of(backend.name, device, skipped=skipped)
 
     def session(self, backend):
         ran = self
@@ -58,8 +61,11 @@ class Ran:
                 pass
 
             def run_checks(self, checks, tier, config, advance):
-                ran.calls.append((backend, "engine", config))
-                return report_of(backend, "engine")
+                if checks is None:
+                    ran.calls.append((backend, "engine", config))
+                    return report_of(backend, "engine")
+                ran.in_engines[backend] = checks
+                return report_of(backend, "engine", *checks)
 
         return Session()
 
@@ -68,9 +74,11 @@ class Ran:
         return {name: place for name, place, _ in self.calls}
 
 
-def report_of(backend, place):
-    finding = Finding("N1", "case", Status.PASS, ratio=0.5)
-    return Report(OP, backend, "default", (finding,), (), {"N1": "holds"}, {}, str(place))
+def report_of(backend, place, *checks, skipped=()):
+    findings = tuple(Finding(check, "case", Status.PASS, ratio=0.5) for check in checks or ("N1",))
+    titles = dict.fromkeys((*(checks or ("N1",)), *skipped), "holds")
+    left = tuple(Skipped(check, "needs an engine") for check in skipped)
+    return Report(OP, backend, "default", findings, left, titles, {}, str(place))
 
 
 def verify(names=None, checks=None, device="auto", every_config=False, report=None):
@@ -104,6 +112,23 @@ class TestPlaces:
         ran = Ran(monkeypatch, cuda=True)
         verify()
         assert ran.places == {name: "cpu" if name == "numba_cpu" else "cuda" for name in registry.backends(OP)}
+
+    def test_what_no_gpu_can_check_is_checked_in_the_engine_beside_it(self, monkeypatch):
+        ran = Ran(monkeypatch, cuda=True, not_on_gpu=("S4", "S5"))
+        ok, text = verify(["cupy"])
+        assert ok
+        assert ran.places == {"cupy": "cuda"}
+        assert ran.in_engines == {"cupy": ["S4", "S5"]}
+        assert "cuda, engine" in text
+        assert "not run" not in text
+        assert "was not tried" not in text
+
+    def test_a_gpu_alone_can_be_asked_for_and_says_what_it_did_not_check(self, monkeypatch):
+        ran = Ran(monkeypatch, cuda=True, not_on_gpu=("S4",))
+        ok, text = verify(["cupy"], device="cuda")
+        assert ok
+        assert not ran.in_engines
+        assert "cupy: S4 was not tried: needs an engine" in text
 
     def test_the_cpu_can_be_asked_for_where_there_is_a_gpu(self, monkeypatch):
         ran = Ran(monkeypatch, cuda=True)

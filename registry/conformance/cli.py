@@ -40,7 +40,9 @@ def verify_backends(
 ) -> bool:
     """Judge backends and print the outcome; True if every one conforms.
 
-    A GPU backend runs on the GPU, or, on a machine without one and with ``device="cpu"``, in its CPU engine.
+    A GPU backend runs on the GPU, or, on a machine without one and with ``device="cpu"``, in its CPU engine. With
+    ``device="auto"`` what no GPU can check (every address, every schedule) is checked in the engine, so that the table
+    has the same rows everywhere.
 
     Raises:
         UnknownNameError: an unknown backend or check.
@@ -80,11 +82,15 @@ def verify_backends(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A backend, and what it is to run on: a device, or an engine on the CPU."""
+    """A backend, and what it is to run on: a device, or an engine on the CPU.
+
+    Attributes: ``beside``, the engine for what the device cannot check.
+    """
 
     backend: Backend
     device: str
     engine: EngineInfo | None = None
+    beside: EngineInfo | None = None
 
 
 def _places(op: str, names: Sequence[str] | None, device: str, out: Console) -> list[_Place]:
@@ -135,7 +141,8 @@ def _place(op: str, backend: Backend, devices: Sequence[str], named: bool) -> _P
     for device in devices:
         reason = belongs_elsewhere(op, backend, device)
         if reason is None:
-            return _Place(backend, device)
+            beside = engine_for(backend) if device == "cuda" and "cpu" in devices else None
+            return _Place(backend, device, beside=None if beside is None or beside.missing() else beside)
         reasons.append(reason)
     raise ArgumentValueError("--device", f"one that {backend.name!r} runs on", devices[0], "; ".join(reasons))
 
@@ -155,7 +162,12 @@ def _run(
     advance: Callable[[Finding], None],
 ) -> Report:
     if place.engine is None:
-        return run_checks(op, place.backend, config, checks, tier, advance, device=place.device)
+        report = run_checks(op, place.backend, config, checks, tier, advance, device=place.device)
+        left = [skipped.check for skipped in report.skipped]
+        if place.beside is None or not left:
+            return report
+        with EngineSession(place.backend.name) as session:
+            return report.joined(session.run_checks(left, tier, config, advance))
     with EngineSession(place.backend.name) as session:
         return session.run_checks(checks, tier, config, advance)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .check import Finding, Status
@@ -76,6 +76,17 @@ class Report:
     titles: dict[str, str]
     excused: dict[str, str]
     place: str = "cpu"
+
+    def joined(self, rest: Report) -> Report:
+        """This report with what ``rest`` found of the checks that could not be tried here."""
+        return replace(
+            self,
+            findings=(*self.findings, *rest.findings),
+            skipped=rest.skipped,
+            titles=self.titles | rest.titles,
+            excused=self.excused | rest.excused,
+            place=f"{self.place}, {rest.place}",
+        )
 
     @property
     def ok(self) -> bool:

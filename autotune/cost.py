@@ -9,21 +9,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..backends.launch.cubins import directory
 from ..cache.entry import Entry
-from .tuner import Settings, Task
+from .compiling import Compilation, Compilers
+from .tuner import Task
 
-__all__ = ["CostModel"]
+__all__ = ["CostModel", "compile_seconds"]
 
-#: Seconds on the machine the model was made on for a probe to take (see ``_probe``): others are scaled by theirs.
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Seconds on one kind of device.
+
+    Attributes:
+        problem: loading, round trips, the race. candidate: binding it, its first calls and, of the best, the gate.
+        token: of the longest sequence: three references with their bounds go through it step by step.
+        state_byte: states are made up and compared several times.
+    """
+
+    problem: float
+    candidate: float
+    token: float
+    state_byte: float
+
+
+_CPU = _Rates(problem=1.0, candidate=0.05, token=45e-3, state_byte=2.2e-7)
+_GPU = _Rates(problem=0.8, candidate=25e-3, token=2.5e-3, state_byte=2e-9)
+
+#: Seconds on the machine the CPU's rates are of for a probe to take (see ``_probe``): others are scaled by theirs.
 _PROBE_S = 1.0e-3
-
-# Seconds per problem: loading, JIT, round trips. Per candidate: its first calls and gate, beside what follows.
-_PER_PROBLEM = 6.0
-_PER_CANDIDATE = 0.3
-#: Seconds per step and candidate: three references with their bounds, one step of the longest sequence at a time.
-_PER_TOKEN = 1.5e-3
-#: Seconds per byte of state and candidate: inputs are made and compared several times in the gate.
-_PER_STATE_BYTE = 2.0e-8
+#: Seconds of one processor per candidate's kernels; of those that are there, for finding them; for compilers to start.
+_COMPILED, _FOUND, _STARTED = 3.3, 0.4, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +53,38 @@ class CostModel:
     source: str
 
     @classmethod
-    def calibrated(cls, earlier: Sequence[tuple[Task, Entry]], settings: Settings) -> CostModel:
-        """From earlier entries of the same environment if there are any, else from a quick measurement."""
+    def calibrated(cls, device: str, earlier: Sequence[tuple[Task, Entry]]) -> CostModel:
+        """From earlier entries of the same environment if there are any, else, on a CPU, from a quick measurement."""
         flat = cls(1.0, "")
         ratios = [
-            entry.measured["seconds"] / flat.seconds(task, len(entry.candidates), settings)
+            entry.measured["seconds"] / flat.seconds(task, len(entry.candidates))
             for task, entry in earlier
             if entry.measured["seconds"] > 0
         ]
         if ratios:
             return cls(statistics.median(ratios), f"{len(ratios)} earlier entries")
+        if device != "cpu":
+            return cls(1.0, "an H100's times")
         return cls(max(0.25, _probe() / _PROBE_S), "a quick measurement")
 
-    def seconds(self, task: Task, candidates: int, settings: Settings) -> float:
-        """Wall seconds to tune ``task`` with so many candidates."""
+    def seconds(self, task: Task, candidates: int) -> float:
+        """Wall seconds to tune ``task`` with so many candidates, whose kernels are compiled."""
         problem = task.problem
+        rates = _CPU if problem.device == "cpu" else _GPU
         profile = problem.profile
         longest: int = profile.longest or profile.tokens
         state: int = profile.n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
         stored = state * (longest + 1) if problem.intermediates != "none" else 0
-        each = _PER_CANDIDATE + _PER_TOKEN * longest + _PER_STATE_BYTE * (state + stored)
-        race = 0.5 * settings.policy.race.wall_cap_s
-        return self.scale * (_PER_PROBLEM + each * candidates) + race
+        each_token = rates.token * longest + rates.state_byte * (state + stored)
+        return self.scale * (rates.problem + rates.candidate * candidates + each_token)
+
+
+def compile_seconds(work: Sequence[Compilation]) -> float:
+    """Wall seconds until ``work`` is compiled, on this machine's processors; little if that was done here before."""
+    if not work:
+        return 0.0
+    each = _FOUND if directory().is_dir() and any(directory().iterdir()) else _COMPILED
+    return _STARTED + each * len(work) / Compilers().jobs
 
 
 def _probe() -> float:

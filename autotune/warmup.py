@@ -31,9 +31,9 @@ from ..registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concr
 from ..registry.ops.fused_sigmoid_gating.describe import describe
 from ..registry.ops.fused_sigmoid_gating.workload_case import Case, Policy, Tier
 from ..registry.ops.fused_sigmoid_gating.workloads import of_tier, serving_cases
-from .candidates import admit
+from .candidates import Candidate, admit
 from .compiling import Compilers, compilations
-from .cost import CostModel
+from .cost import CostModel, compile_seconds
 from .device_lock import device_lock
 from .progress import Progress
 from .prove import Proof, prove
@@ -85,7 +85,7 @@ class WarmupPlan:
         model, tp: whose layers. device: where. threads: torch's intra-op threads (part of the environment).
         problems: in the order of the workload. environment: what the results will hold for.
         registry, store: where candidates come from and results go. settings: how to tune.
-        estimate: where the time estimate comes from, in words.
+        estimate: where the time estimate comes from, in words. compile_s: of it, until all kernels are compiled.
     """
 
     model: str
@@ -98,11 +98,14 @@ class WarmupPlan:
     store: Store
     settings: Settings
     estimate: str
+    compile_s: float = 0.0
 
     @property
     def estimate_s(self) -> float:
-        """Seconds for all problems that are not known."""
-        return sum(p.estimate_s for p in self.problems)
+        """Seconds for all problems that are not known; launches by graph are tuned while others are compiled."""
+        eager = sum(p.estimate_s for p in self.problems if p.task.recipe.mode != "graph")
+        graph = sum(p.estimate_s for p in self.problems if p.task.recipe.mode == "graph")
+        return max(graph, self.compile_s) + eager
 
     @property
     def store_path(self) -> Path | None:
@@ -218,7 +221,7 @@ def plan_warmup(
         admission = admit(registry, OP, shared[0].problem)
         hit = known(registry, store, environment, shared[0], admission)
         listed.append((shared, admission, hit))
-    model_of_cost = CostModel.calibrated([(s[0], hit.entry) for s, _, hit in listed if hit], settings)
+    model_of_cost = CostModel.calibrated(environment.device, [(s[0], hit.entry) for s, _, hit in listed if hit])
     problems = tuple(
         PlannedProblem(
             shared[0],
@@ -226,13 +229,23 @@ def plan_warmup(
             len(admission.candidates),
             len(admission.declined),
             hit.entry if hit else None,
-            0.0 if hit else model_of_cost.seconds(shared[0], len(admission.candidates), settings),
+            0.0 if hit else model_of_cost.seconds(shared[0], len(admission.candidates)),
         )
         for shared, admission, hit in listed
     )
     threads = environment.threads or 1
     return WarmupPlan(
-        found.name, tp, device, threads, problems, environment, registry, store, settings, model_of_cost.source
+        found.name,
+        tp,
+        device,
+        threads,
+        problems,
+        environment,
+        registry,
+        store,
+        settings,
+        model_of_cost.source,
+        0.0 if environment.device == "cpu" else compile_seconds(compilations(_fields(registry, problems))),
     )
 
 
@@ -318,7 +331,7 @@ def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers, progress: Progre
     if plan.environment.device == "cpu" or not order:
         return order
     order.sort(key=lambda p: p.task.recipe.mode != "graph")
-    fields = [(p.task, admit(plan.registry, OP, p.task.problem).candidates) for p in order]
+    fields = _fields(plan.registry, order)
     if crew.jobs:
         crew.submit(compilations(fields))
     backends = plan.registry.backends(OP)
@@ -329,6 +342,11 @@ def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers, progress: Progre
     except CandidateFailure as failure:
         progress.note(f"the rehearsal failed, and so may the gate: {failure}")
     return order
+
+
+def _fields(registry: Registry, problems: Iterable[PlannedProblem]) -> list[tuple[Task, Sequence[Candidate]]]:
+    """The problems that are to be tuned, with their candidates."""
+    return [(p.task, admit(registry, OP, p.task.problem).candidates) for p in problems if not p.known]
 
 
 def _compiled(planned: PlannedProblem, crew: Compilers, progress: Progress) -> None:

@@ -205,10 +205,10 @@ def test_what_cannot_be_planned_is_a_typed_error(tmp_path):
 def test_estimates_follow_what_earlier_runs_took(tmp_path):
     plan = plan_at(tmp_path)
     task = plan.problems[0].task
-    guess = CostModel(1.0, "").seconds(task, 4, SETTINGS)
+    guess = CostModel(1.0, "").seconds(task, 4)
 
     earlier = SimpleNamespace(measured={"seconds": 3 * guess}, candidates=(None,) * 4)
-    learned = CostModel.calibrated([(task, earlier)], SETTINGS)
+    learned = CostModel.calibrated("cpu", [(task, earlier)])
     assert learned.scale == pytest.approx(3.0)
     assert "earlier" in learned.source
 

@@ -37,7 +37,7 @@ _CPU = _Rates(problem=1.0, candidate=0.05, token=45e-3, state_byte=2.2e-7)
 _GPU = _Rates(problem=0.8, candidate=25e-3, token=2.5e-3, state_byte=2e-9)
 
 #: Seconds on the machine the CPU's rates are of for a probe to take (see ``_probe``): others are scaled by theirs.
-_PROBE_S = 1.0e-3
+_PROBE_S = 5e-5
 #: Seconds of one processor per candidate's kernels; of those that are there, for finding them; for compilers to start.
 _COMPILED, _FOUND, _STARTED = 3.3, 0.4, 10.0
 

@@ -14,6 +14,8 @@ Tunes the workload first (into the store at --root, if there is one), and then
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -38,7 +40,7 @@ from isokern.autotune.tuner import Task
 from isokern.autotune.warmup import WarmupPlan, WarmupReport, plan_warmup, run_warmup
 from isokern.autotune.worker import Worker
 from isokern.cache import Entry, Layer, Store
-from isokern.registry.ops.fused_sigmoid_gating.workload_case import Tier
+from isokern.registry.ops.fused_sigmoid_gating.workload_case import Policy, Tier
 
 OP = "fused_sigmoid_gating"
 #: Decode alone, at 1 and at 64 rows, where candidates lie closest together.
@@ -95,7 +97,9 @@ def regret_summary(rows: Sequence[Row], what: str) -> dict[str, Any] | None:
         return None
     regrets = [max(0.0, row.extra["regret"]) for row in found]
     tuned = sum(row.extra["rule"].startswith("tuned") for row in found)
-    return {"count": len(found), "mean": mean(regrets), "worst": max(regrets), "by_tuned_choice": tuned}
+    near = sum(row.extra["rule"] == "neighbour" for row in found)
+    worst = max(regrets)
+    return {"count": len(found), "mean": mean(regrets), "worst": worst, "by_tuned_choice": tuned, "by_neighbour": near}
 
 
 def mode_summary(entries: Iterable[Entry]) -> dict[str, Any]:
@@ -171,44 +175,68 @@ def run(
     processes: Annotated[int, typer.Option(help="tuning runs from nothing")] = 20,
     blocks: Annotated[int, typer.Option(help="times that each candidate is timed")] = 20,
     most_tokens: Annotated[int, typer.Option(help="of a held-out shape; 0: 8192, or 512 on a CPU")] = 0,
+    traps: Annotated[list[Policy] | None, typer.Option(help="launch modes to plant candidates in; all")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a few of everything")] = False,
-    keep: Annotated[bool, typer.Option("--save", help="write the result file")] = False,
+    keep: Annotated[bool, typer.Option("--save", help="write the result file into benchmarks/results")] = False,
+    report: Annotated[Path | None, typer.Option("--out", help="write the result file here, after every part")] = None,
+    commit: Annotated[str | None, typer.Option(help="of this source, where git cannot tell")] = None,
 ) -> None:
     """Tune, measure, print; with --save also write the result file."""
     out = Console(width=140)
     tps = tp or [1]
     if quick:
         tier, held_out, per_bucket, processes, blocks = Tier.SMOKE, 3, 1, 2, 6
+    rows: list[Row] = []
+    summary: dict[str, Any] = {}
+
+    def so_far(**parts: Any) -> dict[str, Any]:
+        """Put ``parts`` into the summary, and what there is into the file: a later part may be cut off."""
+        summary.update(parts)
+        about = {"summary": summary, "model": model, "tp": tps, "device": device, "quick": quick}
+        information = information_of(about, commit) if keep or report else {}
+        if report is not None:
+            report.write_text(json.dumps({"meta": information, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        return information
+
     with tempfile.TemporaryDirectory(prefix="isokern-choice-") as scratch:
         where = root or Path(scratch)
         store = Store([Layer("explicit", where, writable=True)])
         registry.use_store(store)
         reports, seconds = tuned(model, tps, device, tier, store, out)
-        plans = [report.plan for report in reports]
+        plans = [one.plan for one in reports]
         device, on_cpu = plans[0].device, plans[0].environment.device == "cpu"
         again = [look_up(model, ranks, device, where, tier) for ranks in tps]
         modes = tuple(dict.fromkeys(p.task.recipe.mode for p in plans[0].problems))
-        rows = [] if on_cpu else planted(device, modes, out)
+        so_far(
+            warmup=warmup_summary(reports, seconds, again),
+            estimate=estimate_summary(reports),
+            modes=mode_summary(item.entry for item in store.entries(plans[0].environment)),
+        )
+        if not on_cpu:
+            rows += planted(device, tuple(policy.value for policy in traps or ()) or modes, out)
+            so_far(planted=planted_summary(rows))
         limit = most_tokens or (512 if on_cpu else 8192)
         for i, plan in enumerate(plans):
             cases = held_out_cases(held_out, limit)[i :: len(plans)]
             fresh = [task_of(case, plan, modes[n % len(modes)]) for n, case in enumerate(cases)]
             rows += measure("held_out", fresh, plan, blocks, out)
             rows += measure("transfer", transfer_tasks(plan, per_bucket), plan, blocks, out)
+            so_far(held_out=regret_summary(rows, "held_out"), transfer=regret_summary(rows, "transfer"))
         agreed, votes = agreement(model, tps[0], device, AGREE_ON[: 1 if quick else 2], processes, out)
-        summary = {
-            "warmup": warmup_summary(reports, seconds, again),
-            "planted": planted_summary(rows),
-            "held_out": regret_summary(rows, "held_out"),
-            "transfer": regret_summary(rows, "transfer"),
-            "agreement": agreed,
-            "modes": mode_summary(item.entry for item in store.entries(plans[0].environment)),
-            "estimate": estimate_summary(reports),
-        }
+        rows += votes
+        information = so_far(agreement=agreed)
         show(summary, out)
         if keep:
-            information = meta(summary=summary, model=model, tp=tps, device=device, quick=quick)
-            out.print(str(save("choice", gpu_name(information), information, [*rows, *votes])))
+            out.print(str(save("choice", gpu_name(information), information, rows)))
+
+
+def information_of(about: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """The result file's ``meta``."""
+    if about["device"] == "cpu":
+        return meta(**about)
+    from isokern.tools.gpu_test.machine import describe_run, find
+
+    return describe_run(find(), commit) | {"command": " ".join(["python", *sys.argv])} | about
 
 
 def gpu_name(information: dict[str, Any]) -> str:
@@ -226,12 +254,13 @@ def show(summary: dict[str, Any], out: Console) -> None:
     for column in ("what", "result"):
         table.add_column(column)
     for name in ("held_out", "transfer"):
-        part = summary[name]
+        part = summary.get(name)
         if part:
             text = f"mean regret {100 * part['mean']:.2f} %, worst {100 * part['worst']:.2f} %, {part['count']} shapes"
-            table.add_row(name.replace("_", " "), f"{text}, {part['by_tuned_choice']} by a tuned choice")
+            how = f"{part['by_tuned_choice']} by a tuned choice, {part['by_neighbour']} by a neighbour's"
+            table.add_row(name.replace("_", " "), f"{text}, {how}")
     agreed, modes, estimate = summary["agreement"], summary["modes"], summary["estimate"]
-    warm, bad = summary["warmup"], summary["planted"]
+    warm, bad = summary["warmup"], summary.get("planted")
     table.add_row(
         "warm-up", f"{format_duration(warm['seconds'])} for {warm['tuned']} problems, {warm['proven']} proven"
     )

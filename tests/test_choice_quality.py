@@ -192,7 +192,7 @@ def test_regrets_below_zero_count_as_none():
         for r, rule in ((-0.02, "tuned-user"), (0.04, "heuristic"))
     ]
     summary = harness.regret_summary(rows, "held_out")
-    assert summary == {"count": 2, "mean": pytest.approx(0.02), "worst": 0.04, "by_tuned_choice": 1}
+    assert summary == {"count": 2, "mean": pytest.approx(0.02), "worst": 0.04, "by_tuned_choice": 1, "by_neighbour": 0}
     assert harness.regret_summary(rows, "transfer") is None
 
 

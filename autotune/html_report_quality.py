@@ -67,6 +67,14 @@ def _tiles(summary: Mapping[str, Any]) -> tuple[Tile, ...]:
         if part:
             value = f"{100 * part['mean']:.1f} %"
             found.append(Tile(value, f"mean regret {text}; worst {100 * part['worst']:.1f} %, {part['count']} shapes"))
+    planted = summary.get("planted")
+    if planted:
+        value = f"{planted['as_expected']} of {planted['candidates']}"
+        found.append(Tile(value, "planted candidates, right, wrong and broken ones, ended as they should"))
+    warm = summary.get("warmup")
+    if warm:
+        text = f"to tune {warm['tuned']} problems from nothing; fresh processes dispatch {warm['proven']} of them"
+        found.append(Tile(f"{warm['seconds']:.0f} s", text))
     agreement = summary.get("agreement")
     if agreement:
         value = f"{agreement['agreeing']} of {agreement['runs']}"

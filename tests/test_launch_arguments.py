@@ -188,14 +188,6 @@ def test_cuda_addresses_are_one_block_that_the_structure_begins_with():
     assert structure().data.offset == 0
 
 
-def test_cuda_grid_lays_sequences_along_y_and_then_z():
-    compiler, *_ = compiler_of("cupy", call_of(DECODE).problem("eager"))
-    many = call_of(DECODE.but(lengths=(1,) * 70_000, h=1, hv=1, k=4, v=4, state_dtype=None))
-    x, y, z = compiler.layout(many).grid
-    assert (y, z) == (65535, 2)
-    assert x == compiler.specialization.tiles
-
-
 # ---- Numba: 8-byte integers by name, then floats
 
 
@@ -221,6 +213,7 @@ def test_numba_gets_its_integers_and_floats(spec):
     assert all(words[name] for name in always)
     if spec.strides == "any":
         assert all(words[name] for name in ("q_inner", "k_inner", "v_inner", "out_inner", "A_log_head"))
+    assert words["sequences"] == call.n
     assert words["length"] == call.q.shape[1]
     assert words["parent_steps"] == (0 if call.parents is None else call.parents.shape[1])
     widths = {
@@ -271,9 +264,11 @@ def triton_values(call):
 
     tensors = {"offsets": call.cu_seqlens, "steps": call.intermediates, "step_rows": call.intermediate_rows}
     tensors |= {n: getattr(call, n) for n in "q k v a b out A_log dt_bias pool read_slots write_slots parents".split()}
-    numbers = {"T": call.q.shape[1]}
+    numbers = {"N": call.n, "T": call.q.shape[1]}
     for name in ("q", "k", "v", "a"):
         numbers |= strides(name, "bthd", getattr(call, name))
+    numbers["g_t"] = 0 if call.is_kda else numbers["a_t"]
+    numbers["a_t"] -= numbers["g_t"]
     numbers |= strides("b", "bth", call.b) | strides("o", "bthd", call.out) | strides("A", "h", call.A_log)
     numbers |= (
         strides("dt", "hd", call.dt_bias) | held("pool", "shkv", call.pool) | held("step", "rthkv", call.intermediates)
@@ -334,9 +329,21 @@ def test_the_launch_is_the_kernels(framework):
     launch = launched(framework, call)
     assert launch.block == (64, 1, 1)
     assert launch.grid == compiler.layout(call).grid
-    assert launch.grid[0] * launch.grid[1] * launch.grid[2] % (3 * call.hv) == 0
+    x, y, z = launch.grid
+    assert (x % call.hv, y, z) == (0, 3, 1)
     assert launch.shared == 0
     assert launch.attributes == b""
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_grid_lays_sequences_along_y_and_then_z(framework):
+    few, many = (
+        call_of(DECODE.but(lengths=(1,) * n, h=2, hv=2, k=4, v=4, state_dtype=None, extra_slots=0)) for n in (4, 70_000)
+    )
+    compiler, *_ = compiler_of(framework, few.problem("eager"))
+    x, y, z = compiler.layout(few).grid
+    assert (x % 2, y, z) == (0, 4, 1)
+    assert compiler.layout(many).grid == (x, 65535, 2)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

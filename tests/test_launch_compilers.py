@@ -106,6 +106,15 @@ def test_one_triton_kernel_serves_all(series):
     assert len({compiler.layout(call_of(spec)).key for spec in SERIES[series]}) == 1
 
 
+@pytest.mark.parametrize("spec", [DECODE, PROMPTS, BATCH, TREE, PROMPTS.but(is_kda=True)], ids=lambda s: s.name)
+def test_one_triton_kernel_serves_any_number_of_heads_of_one_ratio(spec):
+    """Odd numbers too: a stride of few elements is no multiple of 16 where one of many is."""
+    config = triton_compiler(spec).config
+    compilers = [replace(triton_compiler(spec.but(h=h, hv=2 * h)), config=config) for h in (1, 3, 16)]
+    kernels = {(c.expected(), repr(c._constants())) for c in compilers}
+    assert len(kernels) == 1
+
+
 def test_another_dtype_or_an_odd_stride_is_another_triton_kernel():
     compiler, call = triton_compiler(PROMPTS), call_of(PROMPTS)
     odd = torch.empty(1, 13, 2 * 32 + 1, dtype=call.q.dtype)[..., :64].unflatten(-1, (2, 32))
@@ -289,7 +298,9 @@ def test_an_assembler_that_reports_nothing_is_told():
 
 def test_numba_kernels_are_kept_on_disk(monkeypatch):
     from isokern.backends.numba_cuda import launch
+    from isokern.backends.numba_cuda.backend import NumbaCuda
     from isokern.backends.numba_cuda.compile import Cubin
+    from isokern.backends.numba_cuda.launch import NumbaCompiler
 
     made = []
     monkeypatch.setattr(launch, "compile_variant", lambda *what: made.append(what) or Cubin(b"code", "entry", "report"))
@@ -301,3 +312,6 @@ def test_numba_kernels_are_kept_on_disk(monkeypatch):
     compiler.image(Variant(None, wide=False))
     replace(compiler, arch=100).image(Variant(None, wide=True))
     assert [arch for _, arch in made] == [90, 90, 100]
+    other_heads = replace(problem_of(DECODE), h=1, hv=2)
+    NumbaCompiler.of(other_heads, NumbaCuda().configs(problem_of(DECODE))[0]).image(Variant(None, wide=True))
+    assert len(made) == 3, "the same ratio, the same kernel"

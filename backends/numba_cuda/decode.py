@@ -47,7 +47,7 @@ from .places import (
     V_TOKEN,
     locate_of,
 )
-from .reduce import held_column, holds_output, reduce_outputs, reduce_predictions
+from .reduce import held_column, idle_bits, reduce_outputs, reduce_predictions
 from .registers import column_sums, gdn_update
 from .rows import fetch_row, misaligned, squares
 from .states import clear_state, load_state, store_state
@@ -65,7 +65,7 @@ _NOTHING = np.uint32(0)
 def decode_kernel(variant: Variant, target: Target) -> Function:
     """The kernel as a Python function of the parameters in ``parameters``, for GDN without intermediate states."""
     lanes, columns, groups, tile = variant.lanes, variant.columns, variant.groups, variant.tile
-    group_size, heads, per_head = variant.hv // variant.h, variant.hv, variant.tiles
+    sharing, tiles = variant.sharing, variant.tiles
     per_lane, pieces, value_dim, l2norm = variant.per_lane, variant.pieces, variant.v, variant.l2norm
     state_size, exchanged = columns * per_lane, 2 * columns
     all_v = variant.v % variant.tile == 0
@@ -82,7 +82,7 @@ def decode_kernel(variant: Variant, target: Target) -> Function:
     exchange, rsqrt, fma, pin = target.exchange(2), target.rsqrt, target.fma, target.pin
     sums, update = column_sums(variant, target), gdn_update(variant, target)
     reduce_first, reduce_second = reduce_predictions(variant, target), reduce_outputs(variant, target)
-    first_held, holds_any = held_column(variant, target), holds_output(variant, target)
+    first_held, idle = held_column(variant, target), idle_bits(variant)
     put_output = put_output_of(variant, target)
     decay_of, beta_of, growth_of = (
         decay_function(variant, target),
@@ -114,6 +114,7 @@ def decode_kernel(variant: Variant, target: Target) -> Function:
         intermediate_rows: Any,
         parents: Any,
         strides: Any,
+        sequences: Any,
         row_length: Any,
         parent_steps: Any,
         wide_read: Any,
@@ -126,13 +127,15 @@ def decode_kernel(variant: Variant, target: Target) -> Function:
         softplus_threshold: Any,
         lower_bound: Any,
     ) -> None:
+        n = (cuda.blockIdx.z * cuda.gridDim.y + cuda.blockIdx.y) & BLOCK
+        if n >= (sequences & BLOCK):  # the grid's last layer along z need not be full
+            return
         block = cuda.blockIdx.x & BLOCK
+        head = block // tiles
         thread = cuda.threadIdx.x & THREAD
-        n = block // (heads * per_head)
-        head = (block // per_head) % heads
         lane = thread % 32
         j = lane % lanes
-        column = (block % per_head) * tile + (thread // 32 * groups + lane // lanes) * columns
+        column = (block % tiles) * tile + (thread // 32 * groups + lane // lanes) * columns
         found = cuda.local.array(6, int64)
         locate(
             n,
@@ -152,7 +155,7 @@ def decode_kernel(variant: Variant, target: Target) -> Function:
         raw_A_log = load_A_log(A_log + head * strides[A_LOG_HEAD])
         raw_bias = load_bias(dt_bias + head * strides[DT_BIAS_HEAD])
         # Everything that needs no index is computed while the indices are under way.
-        qk_head = head // group_size
+        qk_head = head // sharing
         q_at = pin(q + qk_head * strides[Q_HEAD])
         k_at = pin(k + qk_head * strides[K_HEAD])
         v_at = pin(v + head * strides[V_HEAD])
@@ -193,7 +196,7 @@ def decode_kernel(variant: Variant, target: Target) -> Function:
         sent = cuda.local.array(exchanged, float32)
         received = cuda.local.array(exchanged, float32)
         held = column + first_held(j)
-        holds = holds_any(j)
+        holds = (j & idle) == 0
 
         # First of all: compilers move arithmetic on q and k ahead of what comes later, and it waits for q and k.
         if reads and read_slot >= 0:

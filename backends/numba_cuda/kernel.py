@@ -56,7 +56,7 @@ from .places import (
     V_TOKEN,
     locate_of,
 )
-from .reduce import held_column, holds_output, reduce_both, reduce_outputs, reduce_predictions
+from .reduce import held_column, idle_bits, reduce_both, reduce_outputs, reduce_predictions
 from .registers import column_sums, gdn_update, kda_update, scaled_key
 from .rows import misaligned
 from .staging import staging
@@ -73,7 +73,7 @@ _ONE = np.float32(1.0)
 
 @cache
 def recurrence(variant: Variant, target: Target) -> Function:
-    """The kernel as a Python function of the parameters in ``parameters``; grid: sequences x HV x tiles."""
+    """The kernel as a Python function of the parameters in ``parameters``; grid: see ``places.grid``."""
     return staged_kernel(variant, target) if variant.window else decode_kernel(variant, target)
 
 
@@ -81,8 +81,7 @@ def staged_kernel(variant: Variant, target: Target) -> Function:
     """Any number of tokens, staged in windows."""
     lanes, columns, groups = variant.lanes, variant.columns, variant.groups
     warps, apart = variant.warps, variant.stagers > 0
-    group_size, window, tile = variant.hv // variant.h, variant.window, variant.tile
-    heads, per_head = variant.hv, variant.tiles
+    sharing, window, tile, tiles = variant.sharing, variant.window, variant.tile, variant.tiles
     per_lane, padded, pieces = variant.per_lane, variant.padded_k, variant.pieces
     state_size, exchanged = columns * per_lane, 2 * columns
     kda, overlap = variant.kda, variant.overlap
@@ -104,7 +103,7 @@ def staged_kernel(variant: Variant, target: Target) -> Function:
     read_values, put_output = read_values_of(variant, target), put_output_of(variant, target)
     reduce_first, reduce_second = reduce_predictions(variant, target), reduce_outputs(variant, target)
     reduce_together, read_one = reduce_both(variant, target), target.read_one
-    first_held, holds_any = held_column(variant, target), holds_output(variant, target)
+    first_held, idle = held_column(variant, target), idle_bits(variant)
     load_A_log, biases = target.load_raw(variant.A_log), biases_of(variant, target)
     load_index, fma, pin = target.load_index, target.fma, target.pin
     packed = variant.strides != "any"
@@ -130,6 +129,7 @@ def staged_kernel(variant: Variant, target: Target) -> Function:
         intermediate_rows: Any,
         parents: Any,
         strides: Any,
+        sequences: Any,
         row_length: Any,
         parent_steps: Any,
         wide_read: Any,
@@ -142,11 +142,13 @@ def staged_kernel(variant: Variant, target: Target) -> Function:
         softplus_threshold: Any,
         lower_bound: Any,
     ) -> None:
+        n = (cuda.blockIdx.z * cuda.gridDim.y + cuda.blockIdx.y) & BLOCK
+        if n >= (sequences & BLOCK):  # the grid's last layer along z need not be full
+            return
         block = cuda.blockIdx.x & BLOCK
+        head = block // tiles
+        first_column = (block % tiles) * tile
         thread = cuda.threadIdx.x & THREAD
-        n = block // (heads * per_head)
-        head = (block // per_head) % heads
-        first_column = (block % per_head) * tile
         warp = thread // 32
         if apart:
             # From a shuffle, the assembler knows that a warp's lanes agree on it, and shuffles need no reconvergence.
@@ -175,7 +177,7 @@ def staged_kernel(variant: Variant, target: Target) -> Function:
         batch, start, length = found[0], found[1], found[2]
         read_slot, write_slot, step_row = found[3], found[4], found[5]
         # Everything that needs no index is computed while the indices are under way.
-        qk_head = head // group_size
+        qk_head = head // sharing
         q_at = pin(q + qk_head * strides[Q_HEAD])
         k_at = pin(k + qk_head * strides[K_HEAD])
         v_at = pin(v + head * strides[V_HEAD])
@@ -235,7 +237,7 @@ def staged_kernel(variant: Variant, target: Target) -> Function:
         raw_A_log = load_A_log(A_log + head * strides[A_LOG_HEAD])
         biases(dt_bias + head * strides[DT_BIAS_HEAD], lane, bias_inner, raw_bias)
         held = column + first_held(j)
-        holds = holds_any(j)
+        holds = (j & idle) == 0
         # Where this lane's next output goes.
         put_at = out_at + held * out_inner
         if overlap:

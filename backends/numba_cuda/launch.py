@@ -24,6 +24,7 @@ from . import variant as kernels
 from .backend import NumbaCuda
 from .compile import compile_variant
 from .parameters import FLOATS, INTEGERS, Packer, floats, is_aligned, packer
+from .places import grid
 
 __all__ = ["NumbaCompiler", "launcher"]
 
@@ -68,13 +69,13 @@ class NumbaCompiler:
         given = [(at, name) for at, name in self.packer.pointers]
         for at, _ in given:
             words[at] = 0
-        blocks = call.n * self.variant.hv * self.variant.tiles if call.tokens else 0
+        blocks = grid(self.variant, call.n, call.hv) if call.tokens else (0, 0, 0)
         vectors = (self.variant.wide_k or self.variant.wide_v) and is_aligned(words)
         states = [TENSORS.index(name) for _, name in given if name in ("pool", "intermediates")] if vectors else []
         return Layout(
             block=_BLOCK.pack(*map(int, words), *floats(call)),
             places=tuple((TENSORS.index(name), _WORD * at) for at, name in given),
-            grid=(blocks, 1, 1),
+            grid=blocks,
             vectors=tuple(states),
             wide=vectors,
         )

@@ -38,8 +38,8 @@ STRIDES = (
     "A_log_head dt_bias_head dt_bias_inner pool_slot pool_head pool_k pool_v "
     "steps_row steps_step steps_head steps_k steps_v"
 ).split()
-#: Tokens of a batch row; steps per row of ``parents``; then whether each index tensor is int64.
-NUMBERS = "length parent_steps wide_read wide_write wide_cu wide_rows wide_parents".split()
+#: Sequences; tokens of a batch row; steps per row of ``parents``; then whether each index tensor is int64.
+NUMBERS = "sequences length parent_steps wide_read wide_write wide_cu wide_rows wide_parents".split()
 FLOATS = "scale softplus_beta softplus_threshold lower_bound".split()
 
 #: Tensors whose width ``NUMBERS`` tells, in its order.
@@ -94,9 +94,10 @@ class Packer:
         for at, name, axis in self.strides:
             tensor: torch.Tensor = getattr(call, name)
             block[at] = tensor.stride(axis) * tensor.element_size()
-        block[NUMBER_AT] = call.q.shape[1]
+        block[NUMBER_AT] = call.n
+        block[NUMBER_AT + 1] = call.q.shape[1]
         if call.parents is not None:
-            block[NUMBER_AT + 1] = call.parents.shape[1]
+            block[NUMBER_AT + 2] = call.parents.shape[1]
 
     @staticmethod
     def shapes(call: Call) -> tuple[int, int, int]:
@@ -125,7 +126,7 @@ def packer(variant: Variant) -> Packer:
     return Packer(
         pointers=tuple((i, name) for i, name in enumerate(POINTERS) if _used(name, variant)),
         strides=tuple(strides),
-        widths=tuple((NUMBER_AT + 2 + i, name) for i, name in enumerate(_INDICES) if _used(name, variant)),
+        widths=tuple((NUMBER_AT + 3 + i, name) for i, name in enumerate(_INDICES) if _used(name, variant)),
     )
 
 

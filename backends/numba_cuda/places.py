@@ -8,7 +8,7 @@ from .parameters import STRIDES
 from .target import Function, Target
 from .variant import Variant
 
-__all__ = ["locate_of"]
+__all__ = ["grid", "locate_of"]
 
 # Places in the kernels' argument ``strides``.
 (
@@ -50,8 +50,20 @@ __all__ = ["locate_of"]
 ) = range(len(STRIDES))
 
 #: ``thread & THREAD`` and ``block & BLOCK`` change nothing, but tell the compiler that neither is negative: without
-#: that every division and remainder is Python's, of 64-bit numbers of either sign.
+#: that every division and remainder is Python's, of 64-bit numbers of either sign, and every product has 64 bits.
 THREAD, BLOCK = 1023, 0x7FFFFFFF
+
+#: Blocks along the grid's y axis at most.
+_MOST_Y = 65535
+
+
+def grid(variant: Variant, n: int, hv: int) -> tuple[int, int, int]:
+    """Blocks for ``n`` sequences of ``hv`` value heads: (tile, head) along x, sequences along y, and what is left on z.
+
+    A block's sequence is ``blockIdx.z * gridDim.y + blockIdx.y``; the last ones on z may have none. So no number of
+    heads or sequences is divided by, and none is compiled in.
+    """
+    return variant.tiles * hv, min(n, _MOST_Y), -(-n // _MOST_Y)
 
 
 def locate_of(variant: Variant, target: Target) -> Function:

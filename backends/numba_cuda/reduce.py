@@ -12,7 +12,7 @@ from typing import Any
 from .target import Function, Target
 from .variant import Variant
 
-__all__ = ["held_column", "holds_output", "reduce_both", "reduce_outputs", "reduce_predictions"]
+__all__ = ["held_column", "idle_bits", "reduce_both", "reduce_outputs", "reduce_predictions"]
 
 #: log2 of a warp.
 _MOST_STAGES = 5
@@ -30,7 +30,7 @@ def held_column(variant: Variant, target: Target) -> Function:
     lanes, columns = variant.lanes, variant.columns
     sharing, _ = _stages(variant)
 
-    @target.value
+    @target.index
     def column(j: Any) -> Any:
         at = 0
         for stage in range(sharing):
@@ -41,15 +41,9 @@ def held_column(variant: Variant, target: Target) -> Function:
     return column
 
 
-def holds_output(variant: Variant, target: Target) -> Function:
-    """``lane in group -> whether it stores``: of lanes that end with the same column, the first."""
-    idle = (1 << _stages(variant)[1]) - 1
-
-    @target.value
-    def holds(j: Any) -> Any:
-        return (j & idle) == 0
-
-    return holds
+def idle_bits(variant: Variant) -> int:
+    """Bits that are 0 in the number of a lane in its group that stores: of lanes ending with one column, the first."""
+    return (1 << _stages(variant)[1]) - 1
 
 
 def reduce_predictions(variant: Variant, target: Target) -> Function:

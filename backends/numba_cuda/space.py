@@ -22,6 +22,9 @@ _MOST_CONFIGS = 16
 #: Tokens from which a sequence is long: warps that only stage pay when a window is staged while another is computed.
 _LONG = 16
 _STAGERS = 4
+#: Tokens of a window that one warp stages at most where every K value has a gate. Of more, the compiler leaves the loop
+#: over them as a loop, and the registers that it indexes become memory.
+_MOST_KDA_TOKENS = 4
 
 
 def configs_for(problem: Problem) -> tuple[Config, ...]:
@@ -135,6 +138,8 @@ def _config(
     slots = stagers or warps
     longest = problem.profile.longest or window
     window = max(slots, min(window, 1 << (longest - 1).bit_length())) if several else warps
+    if problem.is_kda:
+        window = min(window, _MOST_KDA_TOKENS * slots)
     per_token = 2 * 4 * ((3 if problem.is_kda else 2) * per_lane * lanes + tile + 2)
     while window * per_token > _MOST_SHARED and window > slots:
         window //= 2

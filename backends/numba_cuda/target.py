@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,7 @@ class Target:
     Attributes:
         device: decorator of functions without result that use CUDA features (shuffles, barriers, memory).
         pure: decorator of functions without result, of scalars and arrays alone.
-        value: decorator of small functions of scalars and arrays alone that have a result.
+        value: decorator of functions of scalars and arrays alone whose result is a float32. index: an integer.
         load, store: ``load(dtype)(address)`` and ``store(dtype)(address, value)``; stores round to nearest even.
         load_raw, decode: ``decode(dtype)(load_raw(dtype)(address))`` is ``load(dtype)(address)``; the uint32 in between
             may still be under way while other work is done.
@@ -44,6 +43,7 @@ class Target:
     device: Callable[[Function], Function]
     pure: Callable[[Function], Function]
     value: Callable[[Function], Function]
+    index: Callable[[Function], Function]
     load: Callable[[str], Function]
     store: Callable[[str], Function]
     load_raw: Callable[[str], Function]
@@ -70,55 +70,18 @@ def quad_words(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def _shuffles(n: int) -> Function:
-    from numba import cuda
-
-    @_routine
-    def exchange(values: Any, mask: Any, out: Any) -> Any:
-        for i in range(n):
-            out[i] = cuda.shfl_xor_sync(0xFFFFFFFF, values[i], mask)
-
-    return exchange
-
-
-def _routine(function: Function) -> Function:
-    """A function without result, compiled once per closure and argument types, and inlined by NVVM.
-
-    Numba's own ``inline="always"`` copies and analyses it before typing, anew in every kernel, which costs more time
-    than all the rest; and Numba's calls of other device functions ask for the GPU, which need not be there.
-    """
-    from numba import types
-    from numba.cuda.core.targetconfig import ConfigStack
-    from numba.cuda.extending import intrinsic
-
-    def call(typingctx: Any, *given: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            flags = ConfigStack().top().copy()
-            flags.forceinline = True
-            made = context.compile_subroutine(builder, function, signature, flags=flags)
-            return context.call_internal(builder, made.fndesc, signature, args)
-
-        return types.void(*given), codegen
-
-    # Numba reads the number of arguments off the signature.
-    mine, theirs = inspect.signature(call), inspect.signature(function)
-    named = [mine.parameters["typingctx"], *theirs.parameters.values()]
-    vars(call)["__signature__"] = mine.replace(parameters=named)
-    return intrinsic(call)  # type: ignore[no-any-return]
-
-
 @lru_cache(maxsize=1)
 def gpu() -> Target:
     """Numba's CUDA compiler. Nothing here needs a GPU to be present."""
-    from numba import cuda
     from numba.cuda import libdevice
 
-    from . import intrinsics
+    from . import intrinsics, routines
 
     return Target(
-        device=_routine,
-        pure=_routine,
-        value=cuda.jit(device=True, inline="always"),
+        device=routines.routine,
+        pure=routines.routine,
+        value=routines.value,
+        index=routines.index,
         load=intrinsics.load,
         store=intrinsics.store,
         load_raw=intrinsics.load_raw,
@@ -128,7 +91,7 @@ def gpu() -> Target:
         load_vector=intrinsics.load_vector,
         store_vector=intrinsics.store_vector,
         load_index=intrinsics.load_index,
-        exchange=lru_cache(_shuffles),
+        exchange=routines.exchange,
         read_quad=intrinsics.read_quad,
         write_quad=intrinsics.write_quad,
         read_one=intrinsics.read_one,

@@ -25,8 +25,9 @@ class Variant:
     ``lanes``; a group owns ``columns`` adjacent columns, its lanes share out K in chunks of :data:`CHUNK`.
 
     Attributes:
-        h, hv, k, v, io, a, b, A_log, dt_bias, state, steps: as in ``Problem`` (dtypes by name; state and steps None
-            where there is none).
+        sharing: value heads per query/key head: all that a kernel knows of the numbers of heads.
+        k, v, io, a, b, A_log, dt_bias, state, steps: as in ``Problem`` (dtypes by name; state and steps None where
+            there is none).
         strides: ``dense``: token strides are constants; ``rows``: given per call; ``any``: every stride is.
         wide: states are read and written in vectors; needs the alignment ``Alignment`` in ``parameters`` checks.
         lanes, columns, warps: see above.
@@ -37,8 +38,7 @@ class Variant:
         resident: blocks that must fit one multiprocessor at a time: bounds the registers of a thread.
     """
 
-    h: int
-    hv: int
+    sharing: int
     k: int
     v: int
     io: str
@@ -71,8 +71,7 @@ class Variant:
     def of(cls, problem: Problem, config: Config, wide: bool) -> Variant:
         """The kernel that ``config`` means for ``problem``; ``wide`` is ignored where strides are ``any``."""
         return cls(
-            h=problem.h,
-            hv=problem.hv,
+            sharing=problem.hv // problem.h,
             k=problem.k,
             v=problem.v,
             io=problem.io_dtype,

@@ -19,6 +19,7 @@ __all__ = [
     "REALS",
     "TENSOR_OF",
     "constants",
+    "grid",
     "integers",
     "options",
     "order_of_sums",
@@ -36,13 +37,15 @@ TENSOR_OF = {name: name for name in POINTERS} | {
     "step_rows": "intermediate_rows",
 }
 REALS = ("scale", "softplus_beta", "softplus_threshold", "lower_bound")
-#: Names of its integers: tokens per row of a batch, then strides in elements.
+#: Names of its integers: sequences, tokens per row of a batch, then strides in elements.
 INTEGERS = tuple(
     (
-        "T q_b q_t q_h q_d k_b k_t k_h k_d v_b v_t v_h v_d a_b a_t a_h a_d b_b b_t b_h o_b o_t o_h o_d A_h dt_h dt_d "
-        "pool_s pool_h pool_k pool_v step_r step_t step_h step_k step_v parent_n parent_t"
+        "N T q_b q_t q_h q_d k_b k_t k_h k_d v_b v_t v_h v_d a_b a_t a_h a_d g_t b_b b_t b_h "
+        "o_b o_t o_h o_d A_h dt_h dt_d pool_s pool_h pool_k pool_v step_r step_t step_h step_k step_v parent_n parent_t"
     ).split()
 )
+#: Programs along the grid's y axis at most.
+_MOST_Y = 65535
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WARP = 32
 #: Chains of products a sum over K is made of, and the bits of a chain's number in the order they are added over.
@@ -55,6 +58,14 @@ _VECTOR = 16
 def tiles(problem: Problem, config: Config) -> int:
     """Programs per sequence and value head."""
     return -(-problem.v // int(config["v_tile"]))
+
+
+def grid(tiles: int, n: int, hv: int) -> tuple[int, int, int]:
+    """Programs for ``n`` sequences of ``hv`` value heads: (tile, head) along x, sequences along y, the rest along z.
+
+    The last ones on z may have no sequence. No number of heads is divided by, and none is compiled in.
+    """
+    return tiles * hv, min(n, _MOST_Y), -(-n // _MOST_Y)
 
 
 def options(config: Config) -> dict[str, int | bool]:
@@ -70,7 +81,6 @@ def constants(problem: Problem, config: Config) -> dict[str, int | bool]:
     v_tile, span = int(config["v_tile"]), int(config["k_span"])
     lanes = _lanes(problem, v_tile, span)
     return {
-        "HV": problem.hv,
         "GROUP": problem.hv // problem.h,
         "K": problem.k,
         "V": problem.v,
@@ -134,9 +144,11 @@ def reals(call: Call) -> tuple[float, ...]:
 
 def integers(call: Call, out: torch.Tensor) -> tuple[int, ...]:
     """In the order of :data:`INTEGERS`; zeros for what is not there."""
-    gate = call.a.stride() if call.is_kda else (*call.a.stride(), 0)
+    rows, tokens, heads, *inner = call.a.stride()
+    gate = (rows, tokens, heads, *inner, 0) if call.is_kda else (rows, 0, heads, 0, tokens)
     bias = call.dt_bias.stride() if call.is_kda else (*call.dt_bias.stride(), 0)
     return (
+        call.n,
         call.q.shape[1],
         *call.q.stride(),
         *call.k.stride(),

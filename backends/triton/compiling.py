@@ -30,7 +30,7 @@ from ..launch.compiler import Layout, Variant
 from ..launch.cubins import cached, discard, file_of
 from ..launch.image import Image
 from ..launch.sketch import sketch
-from .arguments import INTEGERS, POINTERS, REALS, TENSOR_OF, constants, integers, options, pointers, reals, tiles
+from .arguments import INTEGERS, POINTERS, REALS, TENSOR_OF, constants, grid, integers, options, pointers, reals, tiles
 from .kernel import recurrent
 
 __all__ = ["Specialization", "TritonCompiler", "parameter_bytes"]
@@ -88,9 +88,9 @@ class TritonCompiler:
                 places.append((TENSORS.index(TENSOR_OF[name]), at))
         scratch = _append(block, _SCRATCH[0], 0)
         _append(block, _SCRATCH[1], 0)
-        blocks = call.n * call.hv * tiles(self.problem, self.config) if call.q.shape[1] else 0
+        programs = grid(tiles(self.problem, self.config), call.n, call.hv) if call.q.shape[1] else (0, 0, 0)
         vectors = [TENSORS.index(TENSOR_OF[name]) for name in POINTERS if given[name] is not None and self._wide(name)]
-        return Layout(bytes(block), tuple(places), (blocks, 1, 1), tuple(vectors), key=special, scratch=scratch)
+        return Layout(bytes(block), tuple(places), programs, tuple(vectors), key=special, scratch=scratch)
 
     def expected(self) -> Sequence[Variant]:
         """The kernel for packed tensors; other strides are seen when a call is."""

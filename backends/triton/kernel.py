@@ -128,34 +128,37 @@ def _zeros(tile):
     return zeros
 
 
-# Lengths and what only scalars are read through decide nothing worth compiling for.
-@triton.jit(do_not_specialize=["T", "a_b", "b_b", "parent_n", "parent_t"])
+# Counts, lengths and what only scalars are read through decide nothing worth compiling for.
+@triton.jit(do_not_specialize=["N", "T", "a_b", "g_t", "b_b", "b_t", "parent_n", "parent_t"])
 def recurrent(
     q, k, v, a, b, out, A_log, dt_bias, pool, read_slots, write_slots, offsets, steps, step_rows, parents,
     scale, softplus_beta, softplus_threshold, lower_bound,
-    T, q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d, a_b, a_t, a_h, a_d, b_b, b_t, b_h,
+    N, T, q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d, a_b, a_t, a_h, a_d, g_t, b_b, b_t, b_h,
     o_b, o_t, o_h, o_d, A_h, dt_h, dt_d, pool_s, pool_h, pool_k, pool_v,
     step_r, step_t, step_h, step_k, step_v, parent_n, parent_t,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, ORDER: tl.constexpr, LEVELS: tl.constexpr,
     TWO: tl.constexpr, WINDOW: tl.constexpr, NEXT: tl.constexpr,
     KDA: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, NEG_EIGVAL: tl.constexpr,
     VARLEN: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, STEPS: tl.constexpr, TREE: tl.constexpr,
     STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Program ``(n * HV + head) * tiles + tile`` of a one-dimensional grid; see ``launcher`` for the arguments.
+    """Program ``head * tiles + tile`` along x of sequence ``z * programs along y + y``; see ``arguments`` for the rest.
 
     Strides are in elements, named after the tensor and the dimension: ``_b`` batch row, ``_t`` token, ``_h`` head,
-    ``_d`` innermost, ``_s`` slot, ``_r`` row, ``_n`` sequence.
+    ``_d`` innermost, ``_s`` slot, ``_r`` row, ``_n`` sequence. ``g_t`` is a's from token to token where it has a scalar
+    per head, and ``a_t`` where it has a vector, whose alignment counts.
 
     WINDOW is a power of two above 1, or 0: then a token's scalars are computed with it, for sequences of one token.
     NEXT: windows are read one ahead, for sequences that have more than one.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
+    n = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    if n >= N:
+        return  # the grid's last layer along z need not be full
     program = tl.program_id(0)
     tile_index = program % TILES
-    head = ((program // TILES) % HV).to(tl.int64)
-    n = (program // (TILES * HV)).to(tl.int64)
+    head = (program // TILES).to(tl.int64)
     group = head // GROUP
     rows = (tile_index * BV + tl.arange(0, BV)).to(tl.int64)
     zero = n * 0  # 64 bits wide, and so is what is added to it: offsets exceed 2**31
@@ -198,7 +201,11 @@ def recurrent(
     q_at = q + batch * q_b + first * q_t + group * q_h
     k_at = k + batch * k_b + first * k_t + group * k_h
     v_at = v + batch * v_b + first * v_t + head * v_h + rows * v_d
-    a_at = a + batch * a_b + first * a_t + head * a_h
+    if KDA:
+        gate_t = a_t
+    else:
+        gate_t = g_t
+    a_at = a + batch * a_b + first * gate_t + head * a_h
     b_at = b + batch * b_b + first * b_t + head * b_h
     o_at = out + batch * o_b + first * o_t + head * o_h + rows * o_d
     last = length - 1
@@ -213,7 +220,7 @@ def recurrent(
     if WINDOW > 0:
         q_0, k_0, a_0, b_0 = q_at, k_at, a_at, b_at
         if NEXT:
-            window = _read_window(0, last, q_0, k_0, a_0, b_0, q_t, q_d, k_t, k_d, a_t, b_t,
+            window = _read_window(0, last, q_0, k_0, a_0, b_0, q_t, q_d, k_t, k_d, gate_t, b_t,
                                   WINDOW, K, CHAINS, KDA, L2NORM)  # fmt: skip
         keys = read_pieces(k_at, k_d, K, SPAN)
         values = (_read_values(v_at, rows, V, BV),)
@@ -235,7 +242,7 @@ def recurrent(
             value = values[0].to(tl.float32)
             if t % WINDOW == 0:
                 if not NEXT:
-                    window = _read_window(t, last, q_0, k_0, a_0, b_0, q_t, q_d, k_t, k_d, a_t, b_t,
+                    window = _read_window(t, last, q_0, k_0, a_0, b_0, q_t, q_d, k_t, k_d, gate_t, b_t,
                                           WINDOW, K, CHAINS, KDA, L2NORM)  # fmt: skip
                 window_keys, window_queries, gates, b_now = window
                 beta = beta_of(b_now.to(tl.float32), NEG_EIGVAL)
@@ -248,7 +255,7 @@ def recurrent(
                 scalars = scalars + _decay(gates, biases, log_scale, softplus_beta, softplus_threshold, lower_bound,
                                            BOUNDED)  # fmt: skip
                 if NEXT:
-                    window = _read_window(t + WINDOW, last, q_0, k_0, a_0, b_0, q_t, q_d, k_t, k_d, a_t, b_t,
+                    window = _read_window(t + WINDOW, last, q_0, k_0, a_0, b_0, q_t, q_d, k_t, k_d, gate_t, b_t,
                                           WINDOW, K, CHAINS, KDA, L2NORM)  # fmt: skip
             token = _of_token(scalars, t % WINDOW)
             k_at += tl.where(t < last, k_t, 0)
@@ -264,7 +271,7 @@ def recurrent(
         else:
             k_at += tl.where(t > 0, k_t, 0)
             v_at += tl.where(t > 0, v_t, 0)
-            a_at += tl.where(t > 0, a_t, 0)
+            a_at += tl.where(t > 0, gate_t, 0)
             b_at += tl.where(t > 0, b_t, 0)
             key = load_pieces(k_at, k_d, K, SPAN, LANES)
             query = load_pieces(q_at, q_d, K, SPAN, LANES)

@@ -14,7 +14,7 @@ from ...registry.backend import Config, Runner
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from ..launch.launcher import Launcher as GpuLauncher
-from .arguments import constants, integers, options, pointers, reals, tiles
+from .arguments import constants, grid, integers, options, pointers, reals, tiles
 from .kernel import recurrent
 
 __all__ = ["Launcher", "launcher"]
@@ -59,10 +59,9 @@ class Launcher:
         n = call.n
         if n == 0 or call.q.shape[1] == 0:
             return out
-        grid = (n * call.hv * self.tiles,)
         arguments = (*pointers(call, out), *reals(call), *integers(call, out))
         try:
-            recurrent[grid](*arguments, **self.constants, **options(self.config))
+            recurrent[grid(self.tiles, n, call.hv)](*arguments, **self.constants, **options(self.config))
         except (CompilationError, RuntimeError) as error:
             raise BackendFailedError(
                 "fused_sigmoid_gating", "triton", self.config.label, self.problem.label, "launch", str(error)

@@ -11,13 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,6 +20,8 @@ import typer
 
 from ...registry.backend import Config, fingerprint_files
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
+from .. import resource_rows
+from ..resource_rows import Job, Key, Row
 from .configs import configs
 from .usage import Resources, compile_config, problem_of
 
@@ -59,20 +56,12 @@ PROBLEMS: Mapping[str, CaseSpec] = MappingProxyType(
         "tree vk": _PROMPTS.but(verify="tree", update="disabled"),
     }
 )
-#: Of a row: problem, architecture, config label.
-_Key = tuple[str, int, str]
 
 
-def load_table() -> tuple[str, dict[_Key, Resources]]:
+def load_table() -> tuple[str, dict[Key, Resources]]:
     """The Triton version of the checked-in table, and its rows by (problem, architecture, config label)."""
     data = json.loads(TABLE.read_text())
-    listed = {
-        (problem, int(arch.removeprefix("sm_")), label): Resources(*numbers)
-        for problem, by_arch in data["problems"].items()
-        for arch, by_config in by_arch.items()
-        for label, numbers in by_config.items()
-    }
-    return data["triton"], listed
+    return data["triton"], {key: Resources(*row) for key, row in resource_rows.rows_of(data).items()}
 
 
 def fingerprint() -> str:
@@ -89,47 +78,21 @@ def rows() -> Iterator[tuple[str, CaseSpec, int, Config]]:
                 yield name, spec, arch, config
 
 
-def compile_rows(processes: int) -> dict[_Key, Resources]:
-    """Compile all of :func:`rows`, in this many processes; say each row as it is done.
-
-    Raises what :func:`compile_config` raises; rows compiled before that are found again by the next run.
-    """
-    work = {(name, arch, config.label): (spec, config, arch) for name, spec, arch, config in rows()}
-    folder = Path(tempfile.gettempdir()) / f"isokern-triton-resources-{_key()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    kept = folder / "rows.jsonl"
-    made = _kept(kept)
-    todo = [key for key in work if key not in made]
+def compile_rows(processes: int) -> dict[Key, Row]:
+    """Compile all of :func:`rows`, in this many processes. Raises what :func:`compile_config` raises."""
+    jobs = [Job(((name, arch, config.label),), (spec, config, arch)) for name, spec, arch, config in rows()]
     # Triton's own cache starts empty with the sources that this run is for.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _cache_in, (str(folder / "triton"),))
-    with pool, kept.open("a") as file:
-        futures = {pool.submit(compile_config, *work[key]): key for key in todo}
-        try:
-            for future in as_completed(futures):
-                key = futures[future]
-                made[key] = future.result()
-                file.write(json.dumps([*key, *made[key].to_list()]) + "\n")
-                file.flush()
-                typer.echo(f"{len(made)} of {len(work)}: {key[0]}, sm_{key[1]}, {key[2]}: {made[key]}")
-        finally:
-            pool.shutdown(cancel_futures=True)
-    shutil.rmtree(folder)
-    return {key: made[key] for key in work}
+    return resource_rows.compile_rows(jobs, _row, f"isokern-triton-resources-{_key()}", processes, _cache_in)
+
+
+def _row(spec: CaseSpec, config: Config, arch: int) -> tuple[Row]:
+    return (tuple(compile_config(spec, config, arch).to_list()),)
 
 
 def _key() -> str:
     """Of what decides the rows: the kernel's sources, how they are compiled here, and Triton's version."""
     here = Path(__file__)
     return fingerprint_files((here, here.with_name("usage.py")), {"kernel": fingerprint(), "triton": version("triton")})
-
-
-def _kept(file: Path) -> dict[_Key, Resources]:
-    """Rows of an earlier run, without the last line if an interruption cut it."""
-    file.touch()
-    text, newline, _ = file.read_text().rpartition("\n")
-    os.truncate(file, len(text + newline))
-    rows_made = map(json.loads, text.splitlines())
-    return {(name, arch, label): Resources(*numbers) for name, arch, label, *numbers in rows_made}
 
 
 def _cache_in(folder: str) -> None:
@@ -143,30 +106,18 @@ def main(
     """Compile every config of every problem for every architecture."""
     made = compile_rows(processes)
     if write:
-        TABLE.write_text(_text(made))
+        columns = ["registers", "spilled", "shared"]
+        head = {"fingerprint": fingerprint(), "columns": columns, "triton": version("triton")}
+        TABLE.write_text(resource_rows.text_of(head, made))
         return
     known, listed = load_table()
-    different = [key for key, row in made.items() if listed.get(key) != row and known == version("triton")]
-    for key in different:
-        typer.echo(f"differs from the table: {key}", err=True)
-    missing = sorted(set(listed) - set(made))
-    for key in missing:
-        typer.echo(f"in the table only: {key}", err=True)
-    if different or missing:
+    same_compiler = known == version("triton")
+    table = {key: tuple(row.to_list()) if same_compiler else made.get(key, ()) for key, row in listed.items()}
+    wrong = list(resource_rows.differences(made, table))
+    for line in wrong:
+        typer.echo(line, err=True)
+    if wrong:
         raise typer.Exit(1)
-
-
-def _text(made: dict[_Key, Resources]) -> str:
-    table: dict[str, dict[str, dict[str, list[int]]]] = {}
-    for (name, arch, label), row in made.items():
-        table.setdefault(name, {}).setdefault(f"sm_{arch}", {})[label] = row.to_list()
-    data = {
-        "fingerprint": fingerprint(),
-        "columns": ["registers", "spilled", "shared"],
-        "triton": version("triton"),
-        "problems": table,
-    }
-    return re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(data, indent=1)) + "\n"
 
 
 if __name__ == "__main__":

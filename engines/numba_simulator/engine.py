@@ -56,7 +56,9 @@ class NumbaSimulator:
         finally:
             self.schedule = before
 
-    def launch(self, kernel: Callable[..., None], grid: int, threads: int, args: tuple[Any, ...]) -> None:
+    def launch(
+        self, kernel: Callable[..., None], grid: tuple[int, int, int], threads: int, args: tuple[Any, ...]
+    ) -> None:
         """Run a kernel built for :attr:`target`."""
         self.memory.launched()
         self.running = Simulator(self.schedule)
@@ -100,6 +102,7 @@ class SimulatedNumbaCuda(Backend):
     def bind(self, problem: Problem, config: Config) -> Runner:
         from ...backends.numba_cuda import parameters
         from ...backends.numba_cuda.kernel import recurrence
+        from ...backends.numba_cuda.places import grid
         from ...backends.numba_cuda.variant import Variant
 
         engine = self.engine
@@ -118,8 +121,8 @@ class SimulatedNumbaCuda(Backend):
                     *map(int, block[parameters.NUMBER_AT :]),
                     *map(np.float32, parameters.floats(call)),
                 )
-                grid = call.n * variant.hv * variant.tiles
-                engine.launch(recurrence(variant, engine.target), grid, variant.threads, args)
+                blocks = grid(variant, call.n, call.hv)
+                engine.launch(recurrence(variant, engine.target), blocks, variant.threads, args)
             return call.out
 
         return run

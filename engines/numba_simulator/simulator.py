@@ -22,8 +22,8 @@ __all__ = ["Simulator"]
 class _Index:
     __slots__ = ("x", "y", "z")
 
-    def __init__(self, x: int) -> None:
-        self.x, self.y, self.z = x, 0, 0
+    def __init__(self, x: int = 0, y: int = 0, z: int = 0) -> None:
+        self.x, self.y, self.z = x, y, z
 
 
 class _Local:
@@ -53,7 +53,7 @@ def _poisoned(shape: int, dtype: Any) -> np.ndarray[Any, Any]:
 
 
 class Simulator:
-    """What the name ``cuda`` means inside a simulated kernel: 1-D grids, warp operations, barriers.
+    """What the name ``cuda`` means inside a simulated kernel: indices, warp operations, barriers.
 
     Attributes:
         schedule: order in which the threads of each block run.
@@ -63,11 +63,11 @@ class Simulator:
         self.schedule = schedule
         self.local = _Local()
         self.shared = _Shared()
-        self.blockDim = _Index(0)
-        self.gridDim = _Index(0)
-        self.blockIdx = _Index(0)
+        self.blockDim = _Index()
+        self.gridDim = _Index()
+        self.blockIdx = _Index()
         self._fiber: Fiber | None = None
-        self._thread = _Index(0)
+        self._thread = _Index()
 
     @property
     def threadIdx(self) -> _Index:
@@ -116,7 +116,7 @@ class Simulator:
     def launch(
         self,
         kernel: Callable[..., None],
-        grid: int,
+        grid: tuple[int, int, int],
         threads: int,
         args: tuple[Any, ...],
         on_block: Callable[[int], None] = lambda block: None,
@@ -125,14 +125,15 @@ class Simulator:
         """Run ``kernel`` over the grid, block after block; shared memory starts poisoned in each.
 
         Args:
-            grid, threads: blocks, and threads per block.
-            on_block: told each block's index before it runs.
+            grid, threads: blocks along x, y and z, and threads per block, all along x.
+            on_block: told each block's number, counted along x first, before it runs.
             names: modules whose global ``cuda`` means this object while the kernel runs, by prefix.
         """
-        self.gridDim.x, self.blockDim.x = grid, threads
+        x, y, z = grid
+        self.gridDim, self.blockDim = _Index(x, y, z), _Index(threads, 1, 1)
         with _standing_in(self, names), np.errstate(all="ignore"):
-            for block in range(grid):
-                self.blockIdx.x = block
+            for block in range(x * y * z):
+                self.blockIdx = _Index(block % x, block // x % y, block // (x * y))
                 self.shared = _Shared()
                 on_block(block)
                 run_block(threads, lambda: kernel(*args), self.schedule, self._enter)

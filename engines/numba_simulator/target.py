@@ -37,6 +37,7 @@ def simulated(memory: CheckedMemory, exchange: Callable[[int], Function]) -> Tar
         device=device,
         pure=pure,
         value=pure,
+        index=pure,
         load=memory.load,
         store=memory.store,
         load_raw=memory.load_raw,

@@ -103,7 +103,7 @@ class Executor:
         }
         grid = kernel.grid(values) if callable(kernel.grid) else kernel.grid
         x, y, z = (*grid, 1, 1, 1)[:3]
-        programs = [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
+        programs = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
         builder.set_grid_dim(x, y, z)
         self.launches += 1
         with np.errstate(all="ignore"):  # a GPU raises no flags either: exp overflows, 0 * inf is NaN

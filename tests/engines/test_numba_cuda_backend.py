@@ -9,6 +9,7 @@ from isokern.backends.numba_cuda.backend import NumbaCuda
 from isokern.backends.numba_cuda.parameters import (
     INTEGERS,
     NUMBER_AT,
+    NUMBERS,
     POINTERS,
     STRIDE_AT,
     STRIDES,
@@ -79,6 +80,7 @@ def test_configs_fit_the_chip_for_every_size(k, v, kda):
         assert variant.tile * variant.tiles >= v > variant.tile * (variant.tiles - 1)
         assert variant.window % variant.slots == 0
         assert variant.window <= 32, "a lane per token computes the gates"
+        assert not kda or variant.window <= 4 * variant.slots
 
 
 def test_few_sequences_get_narrow_lanes_and_many_get_wide_ones():
@@ -102,6 +104,14 @@ def test_only_sequences_of_several_tokens_are_software_pipelined():
     assert default_for(on_gpu(QWEN.but(lengths=(4,) * 64)))["overlap"]
     tree = on_gpu(QWEN.but(lengths=(4,) * 64, verify="tree"))
     assert not Variant.of(tree, default_for(tree), wide=True).overlap
+
+
+def test_one_kernel_serves_any_number_of_heads_of_one_ratio():
+    def kernel(h, hv):
+        return Variant.of(on_gpu(QWEN.but(h=h, hv=hv)), default_for(on_gpu(QWEN)), wide=True)
+
+    assert kernel(16, 32) == kernel(4, 8) == kernel(1, 2)
+    assert kernel(16, 32) != kernel(8, 32)
 
 
 @pytest.mark.parametrize("strides", ["dense", "rows", "any"])
@@ -141,7 +151,8 @@ def test_index_widths_are_told_per_tensor():
     problem = replace(call.problem(), device="cuda", arch=90)
     block = [0] * INTEGERS
     packer(Variant.of(problem, default_for(problem), wide=True)).fill(call, block)
-    assert [bool(x) for x in block[NUMBER_AT + 2 : NUMBER_AT + 5]] == [True, False, False]
+    first = NUMBER_AT + NUMBERS.index("wide_read")
+    assert [bool(x) for x in block[first : first + 3]] == [True, False, False]
 
 
 def test_states_at_odd_addresses_are_not_accessed_in_vectors():

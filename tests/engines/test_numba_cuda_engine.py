@@ -14,7 +14,7 @@ LOCKSTEP = Schedule("lockstep")
 EVERY = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 
 
-def launch(kernel, threads, *args, schedule=LOCKSTEP, grid=1):
+def launch(kernel, threads, *args, schedule=LOCKSTEP, grid=(1, 1, 1)):
     """Run ``kernel(cuda, *args)``; ``cuda`` is what the name means inside a kernel."""
     simulator = Simulator(schedule)
     simulator.launch(lambda *given: kernel(simulator, *given), grid, threads, args)
@@ -96,8 +96,21 @@ def test_shared_and_local_memory_start_poisoned_in_every_block():
         shared[:] = 1
         local[:] = 1
 
-    launch(kernel, 1, grid=3)
+    launch(kernel, 1, grid=(3, 1, 1))
     assert seen == [True] * 3
+
+
+def test_blocks_are_counted_along_x_then_y_then_z():
+    seen, numbers = [], []
+    simulator = Simulator(LOCKSTEP)
+
+    def kernel():
+        block, grid = simulator.blockIdx, simulator.gridDim
+        assert (grid.x, grid.y, grid.z) == (2, 3, 2)
+        seen.append((block.z * grid.y + block.y) * grid.x + block.x)
+
+    simulator.launch(kernel, (2, 3, 2), 1, (), numbers.append)
+    assert seen == numbers == list(range(12))
 
 
 @pytest.mark.parametrize(

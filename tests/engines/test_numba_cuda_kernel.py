@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from isokern.backends.numba_cuda import places
 from isokern.backends.numba_cuda.space import every_config
 from isokern.engines.numba_simulator.engine import NumbaSimulator, SimulatedNumbaCuda
 from isokern.engines.numba_simulator.fibers import SCHEDULES
@@ -82,6 +83,23 @@ def test_no_config_changes_a_bit(engine, spec):
     assert {c["stagers"] for c in offered} == {0, 4}
     for config in offered[::19]:
         assert equal(left(run(engine, spec, config)[0]), want), config.label
+
+
+@pytest.mark.parametrize("lengths", [(1,) * 5, (2, 1, 3, 1, 2)], ids=["decode", "staged"])
+def test_sequences_beyond_the_grids_y_axis_go_on_along_z(engine, lengths, monkeypatch):
+    """Two layers of two and one that is half full, in which nothing outside the tensors may be touched."""
+    spec = SMALL.but(lengths=lengths, padded=(1,), k=8)
+    want = left(run(engine, spec)[0])
+    monkeypatch.setattr(places, "_MOST_Y", 2)
+    grids = []
+    launch = engine.launch
+    monkeypatch.setattr(engine, "launch", lambda kernel, grid, *rest: grids.append(grid) or launch(kernel, grid, *rest))
+    backend, call = SimulatedNumbaCuda(engine), call_of(spec)
+    problem = call.problem()
+    with watched(engine, call):
+        backend.bind(problem, backend.configs(problem)[0])(call)
+    assert [grid[1:] for grid in grids] == [(2, 3)]
+    assert equal(left(call), want)
 
 
 @pytest.mark.parametrize("state_layout", ["kv", "vk"])

@@ -13,8 +13,12 @@ import pytest
 import torch
 
 from isokern.engines.triton_interpreter import activate
+from isokern.engines.triton_interpreter.engine import InterpretedBackend
 from isokern.errors import IsokernError
 from isokern.registry.conformance.check import Violation
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
+from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 
 ENGINE = activate()
 
@@ -61,6 +65,12 @@ def accumulate_kernel(total, x):
 def shift_kernel(x):
     program = tl.program_id(0)
     tl.store(x + program, tl.load(x + program + 1))
+
+
+@triton.jit
+def place_kernel(x):
+    place = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(x + place, place + 1)
 
 
 @triton.jit
@@ -217,6 +227,47 @@ def case_launches_are_counted():
 def case_cannot_be_activated_after_triton():
     with pytest.raises(IsokernError, match="process of its own"):
         activate()
+
+
+def case_programs_run_along_x_then_y_then_z():
+    places = torch.zeros(12, dtype=torch.int32)
+    seen = []
+    ENGINE.executor.between = lambda program: seen.append(program) if program else None
+    try:
+        place_kernel[(2, 3, 2)](places)
+    finally:
+        ENGINE.executor.between = None
+    assert seen == [(x, y, z) for z in range(2) for y in range(3) for x in range(2)]
+    assert places.tolist() == list(range(1, 13))
+
+
+def case_sequences_beyond_the_grids_y_axis_go_on_along_z():
+    """The backend's kernel: two layers of two and one half full, in which nothing may be touched."""
+    from isokern.backends.triton import arguments
+    from isokern.backends.triton.backend import Triton
+
+    backend = InterpretedBackend(Triton())
+    for lengths in ((1,) * 5, (2, 1, 3, 1, 2)):
+        spec = CaseSpec("five", lengths, padded=(1,), h=1, hv=2, k=8, v=12)
+        left, last = [], []
+
+        def noted(programs, last=last):
+            last.append(programs[-1])
+            return programs
+
+        for most in (65535, 2):
+            call = canonical_call(**make_inputs(spec).kwargs)
+            call.out = torch.zeros(call.v.shape, dtype=call.q.dtype)
+            problem = call.problem()
+            run = backend.bind(problem, backend.configs(problem)[0])
+            with pytest.MonkeyPatch.context() as patch, ENGINE.watch_addresses(call.tensors()):
+                patch.setattr(arguments, "_MOST_Y", most)
+                with ENGINE.executor.ordered(noted):
+                    run(call)
+            left.append((call.out, call.pool))
+        assert last == [(1, 4, 0), (1, 1, 2)]
+        for x, y in zip(*left, strict=True):
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
 def main():

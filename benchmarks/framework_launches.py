@@ -18,18 +18,18 @@ Launches = dict[str, Callable[[], object]]
 
 def triton(problem: Problem, config: Config, call: Call) -> Launches:
     """``kernel[grid](...)``, and the compiled kernel's own launch."""
-    from isokern.backends.triton.arguments import constants, integers, options, pointers, reals, tiles
+    from isokern.backends.triton.arguments import constants, grid, integers, options, pointers, reals, tiles
     from isokern.backends.triton.kernel import recurrent
 
     assert call.out is not None
-    grid = (call.n * call.hv * tiles(problem, config), 1, 1)
+    programs = grid(tiles(problem, config), call.n, call.hv)
     arguments = (*pointers(call, call.out), *reals(call), *integers(call, call.out))
     fixed, told = constants(problem, config), options(config)
-    compiled = recurrent[grid](*arguments, **fixed, **told)
+    compiled = recurrent[programs](*arguments, **fixed, **told)
     everything = (*arguments, *fixed.values())
     return {
-        "triton kernel[grid]": lambda: recurrent[grid](*arguments, **fixed, **told),
-        "triton CompiledKernel": lambda: compiled[grid](*everything),
+        "triton kernel[grid]": lambda: recurrent[programs](*arguments, **fixed, **told),
+        "triton CompiledKernel": lambda: compiled[programs](*everything),
     }
 
 
@@ -55,13 +55,14 @@ def numba_cuda(problem: Problem, config: Config, call: Call) -> Launches:
 
     from isokern.backends.numba_cuda.kernel import recurrence
     from isokern.backends.numba_cuda.parameters import INTEGERS, NUMBER_AT, STRIDE_AT, floats, is_aligned, packer
+    from isokern.backends.numba_cuda.places import grid
     from isokern.backends.numba_cuda.target import gpu
     from isokern.backends.numba_cuda.variant import Variant
 
     words = [0] * INTEGERS
     packer(Variant.of(problem, config, wide=True)).fill(call, words)
     variant = Variant.of(problem, config, wide=is_aligned(words))
-    kernel = cuda.jit(recurrence(variant, gpu()))[call.n * variant.hv * variant.tiles, variant.threads]
+    kernel = cuda.jit(recurrence(variant, gpu()))[grid(variant, call.n, call.hv), variant.threads]
     strides = tuple(words[STRIDE_AT:NUMBER_AT])
     arguments = (*words[:STRIDE_AT], strides, *map(int, words[NUMBER_AT:]), *floats(call))
     return {"numba dispatcher": lambda: kernel(*arguments)}

@@ -173,12 +173,13 @@ def configs(problem: Problem) -> Sequence[Config]:
 
 def _default(problem: Problem) -> _Choice:
     rows = max(problem.profile.n, 1) * problem.hv * problem.v
+    narrow = (problem.state_dtype or "float32") != "float32"  # half the bytes per row, so twice the rows per lane
     if problem.profile.longest == 1:
         if problem.is_kda:
             return _staged(8, 4, 4, 1) if rows > _LATENCY_ROWS else _staged(8, 1, 4, 1)
         if problem.state_layout == "kv":
             return _direct(4, 4, 4) if rows > 8 * _LATENCY_ROWS else _landed(8, 2, 2, 10)
-        return _landed(8, 4, 2, 8) if rows > 4 * _LATENCY_ROWS else _landed(8, 2, 2, 10)
+        return _landed(8, 4, 2, 8) if rows > (2 if narrow else 4) * _LATENCY_ROWS else _landed(8, 2, 2, 10)
     if rows <= 16 * _SMS:
         return _staged(8, 1, 2, 4, 2)  # fewer rows than schedulers can hold warps: one short chain each
     if rows <= 2 * _LATENCY_ROWS:

@@ -47,9 +47,9 @@ class _Settings:
 #: One token: enough warps to keep enough bytes in flight.
 _ONE_TOKEN: dict[tuple[str, int], tuple[tuple[int, int, int], ...]] = {
     ("vk", 4): ((16, 32, 2), (32, 32, 4), (16, 16, 1), (8, 16, 1), (8, 32, 2), (64, 32, 4)),
-    ("vk", 2): ((32, 32, 4), (16, 32, 2), (32, 32, 2), (16, 16, 1), (8, 16, 1), (64, 32, 4)),
-    ("kv", 4): ((32, 16, 1), (16, 16, 1), (16, 32, 1), (8, 16, 1)),
-    ("kv", 2): ((32, 16, 1), (16, 16, 1), (16, 32, 1), (8, 16, 1)),
+    ("vk", 2): ((32, 32, 2), (32, 32, 4), (16, 32, 2), (32, 32, 1), (64, 32, 2), (16, 16, 1), (8, 16, 1), (64, 32, 4)),
+    ("kv", 4): ((32, 16, 1), (16, 16, 1), (16, 32, 1), (8, 16, 1), (32, 16, 2)),
+    ("kv", 2): ((32, 16, 1), (16, 16, 1), (64, 16, 2), (64, 32, 2), (64, 16, 1), (16, 32, 1), (8, 16, 1)),
 }
 #: Several: programs of one warp need no barrier, and where rows are many each lane's work on q and k serves more.
 _TOKENS: dict[tuple[str, int], tuple[tuple[int, int, int], ...]] = {

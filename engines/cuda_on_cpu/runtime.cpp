@@ -1,7 +1,4 @@
 // The scheduler: blocks in a loop, threads as fibers, one schedule out of several.
-#include "cuda_on_cpu.h"
-#include "scheduler.h"
-
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -12,6 +9,9 @@
 #include <vector>
 #include <sys/mman.h>
 #include <ucontext.h>
+
+#include "cuda_on_cpu.h"  // after the system's headers: they know attributes by names that are CUDA's here
+#include "scheduler.h"
 
 namespace cuda_on_cpu {
 

@@ -4,11 +4,11 @@
 // called are the ones below, not the sanitizer's library. Addresses are checked per byte against the tensors given
 // (gaps between strided elements are not part of them), races against an exact happens-before: within a block
 // __syncthreads, named barriers and __syncwarp order accesses, between blocks nothing does.
+#include <string>  // the system's headers first: they know attributes by names that are CUDA's here
+#include <vector>
+
 #include "cuda_on_cpu.h"
 #include "scheduler.h"
-
-#include <string>
-#include <vector>
 
 namespace cuda_on_cpu {
 namespace {

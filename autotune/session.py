@@ -196,7 +196,7 @@ class Session:
     def rehearse(self, recipe: ProblemRecipe) -> dict[str, Any]:
         """Gate the reference itself, whatever comes of it: libraries load their kernels at first use, for seconds."""
         self.load(recipe)
-        reference = {"name": "", "backend": self.spec.reference_backend, "config": {}, "origin": None}
+        reference: dict[str, Any] = {"name": "", "backend": self.spec.reference_backend, "config": {}, "origin": None}
         self.bind(reference)
         return self.gate("", [recipe.seed], 1)
 

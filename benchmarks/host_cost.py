@@ -43,6 +43,7 @@ from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.entry import Entry
 from isokern.registry.ops.fused_sigmoid_gating.hot import is_current_stream_capturing
 from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
+from isokern.registry.ops.fused_sigmoid_gating.torch_settings import Settings, settings_of
 
 OP = "fused_sigmoid_gating"
 BACKENDS = ("triton", "cupy", "numba_cuda")
@@ -100,13 +101,12 @@ def site_of(op: Callable[..., object], kwargs: dict, backend: str | None, out: t
 
 
 def operator_site_of(kwargs: dict) -> Run:
-    """A call of the torch operator as a compiled graph makes it: the overload, by position, without last defaults."""
-    operator = getattr(torch.ops.isokern, OP).default
-    first = "A_log a dt_bias softplus_beta softplus_threshold q k v b initial_state_source initial_state_indices scale"
-    then = "use_qk_l2norm_in_kernel cu_seqlens state_layout"
+    """A call of the torch operator as a compiled graph makes it: the overload, by position."""
+    operator = torch.ops.isokern.fused_sigmoid_gating_step.default
+    names = "A_log a dt_bias q k v b initial_state_source initial_state_indices".split()
     cu = kwargs["cu_seqlens"]
-    given = {**kwargs, "cu_seqlens": getattr(cu, "cu_seqlens", cu)}
-    arguments = tuple(given[name] for name in f"{first} {then}".split())
+    settings = settings_of(*(kwargs.get(name) for name in Settings._fields))
+    arguments = (*(kwargs[name] for name in names), getattr(cu, "cu_seqlens", cu), settings)
     return lambda: operator(*arguments)
 
 

@@ -46,6 +46,15 @@ def test_what_was_compiled_before_an_interruption_is_not_compiled_again(tmp_path
     assert made_by({1: BOTH[1]}) == ROWS
 
 
+def test_a_line_that_was_cut_off_spoils_none_that_follows(tmp_path):
+    (tmp_path / "table").mkdir()
+    kept = tmp_path / "table" / "rows.jsonl"
+    kept.write_text('["prompts", 90, "b=2", 1')
+    with pytest.raises(KeyError):
+        made_by({0: BOTH[0]})
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [[*k, *ROWS[k]] for k in (FIRST, SECOND)]
+
+
 def test_a_job_of_which_a_row_is_missing_is_done_again(tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "rows.jsonl").write_text(json.dumps([*FIRST, 1, 1, 1]) + "\n")

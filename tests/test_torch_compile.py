@@ -65,6 +65,42 @@ def test_dynamic_shapes_are_compiled_once():
             agree(compiled, spec.but(lengths=lengths))
 
 
+class Targets:
+    """A compiler that notes the isokern operators of its graphs."""
+
+    def __init__(self):
+        self.names = []
+
+    def __call__(self, graph, inputs):
+        self.names += [n.target.name() for n in graph.graph.nodes if getattr(n.target, "namespace", "") == "isokern"]
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def test_steps_with_constant_settings_are_the_operator_of_few_arguments():
+    targets = Targets()
+
+    def decode(kwargs):
+        return op(**{**kwargs, "softplus_beta": 1.0, "softplus_threshold": 20.0, "scale": 16**-0.5})
+
+    for dynamic in (False, True):
+        compiled = torch.compile(decode, fullgraph=True, dynamic=dynamic, backend=targets)
+        for spec in (BASE, BASE.but(lengths=(1,) * 4, varlen=False), BASE.but(state_layout="vk", is_kda=True)):
+            one, two = make_inputs(spec), make_inputs(spec)
+            assert torch.equal(compiled(one.kwargs), decode(two.kwargs))
+            assert torch.equal(one.pool_storage, two.pool_storage)
+    assert set(targets.names) == {"isokern::fused_sigmoid_gating_step"}
+
+
+@pytest.mark.parametrize(("name", "values"), [("scale", (0.25, 0.5, 0.7)), ("max_seqlen", (5, 6, 7))])
+def test_a_setting_that_varies_is_an_argument_of_the_general_operator(name, values):
+    targets = Targets()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=targets)
+    for value in values:
+        kwargs = {**make_inputs(BASE).kwargs, name: value}
+        assert torch.equal(compiled(kwargs), layer({**make_inputs(BASE).kwargs, name: value}))
+    assert set(targets.names) == {"isokern::fused_sigmoid_gating"}
+
+
 def test_layouts_are_traced_by_their_tensor():
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((3, 0, 5), (4, 4, 0), (1, 6, 1)):

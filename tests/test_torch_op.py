@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +18,8 @@ from isokern.registry.conformance.runner import run_checks
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
 from isokern.registry.ops.fused_sigmoid_gating.mutants import mutant
-from isokern.registry.ops.fused_sigmoid_gating.torch_op import OPERATORS
+from isokern.registry.ops.fused_sigmoid_gating.torch_op import OPERATORS, serving
+from isokern.registry.ops.fused_sigmoid_gating.torch_settings import Settings, parse_settings, settings_of
 from isokern.registry.varlen.layout import SequenceLayout
 
 OP = "fused_sigmoid_gating"
@@ -48,8 +51,19 @@ def positional(kwargs):
     return tuple(kwargs[n] for n in names), {n: v for n, v in kwargs.items() if n not in names}
 
 
+def step_arguments(kwargs):
+    """What the operator of decode and prompt steps takes for such a call."""
+    names = "A_log a dt_bias q k v b initial_state_source initial_state_indices cu_seqlens".split()
+    return (*(kwargs.get(n) for n in names), settings_of(*(kwargs.get(n) for n in Settings._fields)))
+
+
 CASES = {
-    "isokern::fused_sigmoid_gating": [BASE, BASE.but(update="separate"), BASE.but(verify="tree")],
+    "isokern::fused_sigmoid_gating_step": [
+        BASE,
+        BASE.but(varlen=False, lengths=(1, 1, 1), state_layout="vk"),
+        BASE.but(is_kda=True, lower_bound=-5.0, l2norm=False, neg_eigval=True),
+    ],
+    "isokern::fused_sigmoid_gating": [BASE.but(update="separate"), BASE.but(verify="tree")],
     "isokern::fused_sigmoid_gating.out": [BASE, BASE.but(state_dtype=None)],
     "isokern::fused_sigmoid_gating_read_only": [BASE.but(state_dtype=None), TRAINING],
 }
@@ -79,6 +93,13 @@ class TestOperators:
         for operator in (torch.ops.isokern.fused_sigmoid_gating, torch.ops.isokern.fused_sigmoid_gating_read_only):
             assert torch.equal(operator(*args), registry.get(OP)(*args))
 
+    def test_the_general_operator_takes_steps_too(self):
+        one, two = make_inputs(BASE), make_inputs(BASE)
+        args, options = positional(one.kwargs)
+        o = torch.ops.isokern.fused_sigmoid_gating(*args, **options)
+        assert torch.equal(o, registry.get(OP)(**two.kwargs))
+        assert torch.equal(one.pool_storage, two.pool_storage)
+
     def test_gradients_pass_opcheck(self):
         kwargs = make_inputs(TRAINING).kwargs
         for name in LEAVES:
@@ -91,7 +112,7 @@ class TestOperators:
         kwargs = make_inputs(BASE.but(as_layout=True)).kwargs
         with Noted() as noted:
             op(**kwargs)
-        assert noted.names == ["isokern::fused_sigmoid_gating"]
+        assert noted.names == ["isokern::fused_sigmoid_gating_step"]
 
     def test_fake_tensors_have_the_output_s_shape_and_run_nothing(self, op):
         spec = BASE.but(strides="any")
@@ -102,11 +123,133 @@ class TestOperators:
         real = op(**make_inputs(spec).kwargs)
         assert (o.shape, o.dtype, o.stride(), o.device) == (real.shape, real.dtype, real.stride(), real.device)
 
-    def test_make_fx_records_it(self, op):
-        kwargs = make_inputs(BASE).kwargs
+    @pytest.mark.parametrize(("update", "operator"), [("in_place", f"{OP}_step"), ("separate", OP)])
+    def test_make_fx_records_it(self, op, update, operator):
+        kwargs = make_inputs(BASE.but(update=update)).kwargs
         q = kwargs.pop("q")
         graph = make_fx(lambda q: op(q=q, **kwargs), tracing_mode="fake", _allow_non_fake_inputs=True)(q)
-        assert torch.ops.isokern.fused_sigmoid_gating.default in {n.target for n in graph.graph.nodes}
+        assert getattr(torch.ops.isokern, operator).default in {n.target for n in graph.graph.nodes}
+
+
+class TestStep:
+    """The operator of decode and prompt steps."""
+
+    def test_it_passes_opcheck(self):
+        for spec in CASES["isokern::fused_sigmoid_gating_step"]:
+            args = step_arguments(make_inputs(spec).kwargs)
+            torch.library.opcheck(torch.ops.isokern.fused_sigmoid_gating_step.default, args)
+
+    @pytest.mark.parametrize("leaf", [0, 3, 6, 7])
+    def test_what_requires_grad_is_refused_and_nothing_written(self, leaf):
+        inputs = make_inputs(BASE)
+        before = inputs.pool_storage.clone()
+        args = step_arguments(inputs.kwargs)
+        args[leaf].requires_grad_()
+        with pytest.raises(ArgumentValueError, match="disable_state_update=True") as caught:
+            torch.ops.isokern.fused_sigmoid_gating_step(*args)
+        assert inputs.kwargs[caught.value.argument] is args[leaf]
+        assert torch.equal(inputs.pool_storage, before)
+        with torch.no_grad():
+            torch.ops.isokern.fused_sigmoid_gating_step(*args)
+
+    def test_it_runs_the_op_that_is_served(self):
+        seen = []
+
+        def own(*args, **kwargs):
+            seen.append((args, kwargs))
+            return torch.zeros(3)
+
+        args = step_arguments({**make_inputs(BASE).kwargs, "max_seqlen": 5, "backend": "numba_cpu"})
+        with serving(own), torch.no_grad():
+            torch.ops.isokern.fused_sigmoid_gating_step(*args)
+        [(_, options)] = seen
+        assert options == {
+            "state_layout": "kv",
+            "is_kda": False,
+            "lower_bound": None,
+            "allow_neg_eigval": False,
+            "max_seqlen": 5,
+            "backend": "numba_cpu",
+        }
+
+    def test_a_setting_that_is_no_constant_of_python_takes_the_general_operator(self, op):
+        for odd in ({"softplus_beta": 1}, {"scale": 1}):
+            with Noted() as noted:
+                op(**{**make_inputs(BASE).kwargs, **odd})
+            assert noted.names == ["isokern::fused_sigmoid_gating"]
+
+
+PLAIN = Settings(1.0, 20.0, None, False, "kv", False, None, False, None, None)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"softplus_beta": 0.1 + 0.2, "softplus_threshold": math.inf, "scale": 128**-0.5},
+            {"scale": 5e-324, "lower_bound": -0.0, "softplus_beta": 1e300},
+            {"use_qk_l2norm_in_kernel": True, "state_layout": "vk", "is_kda": True, "allow_neg_eigval": True},
+            {"max_seqlen": 0},
+            {"max_seqlen": 8192, "backend": "triton"},
+            {"backend": ""},
+            {"backend": "mine is_kda backend=x\nand more"},
+        ],
+    )
+    def test_they_come_back_exactly(self, changes):
+        settings = PLAIN._replace(**changes)
+        word = settings_of(*settings)
+        assert [repr(x) for x in parse_settings(word)] == [repr(x) for x in settings]
+        assert parse_settings(word) is parse_settings("".join(list(word)))
+
+    def test_the_word_stays_what_saved_graphs_have(self):
+        full = Settings(1.0, 20.0, 0.5, True, "vk", True, -5.0, True, 8, "triton")
+        assert settings_of(*full) == (
+            "softplus_beta=1.0 softplus_threshold=20.0 scale=0.5 use_qk_l2norm_in_kernel state_layout=vk is_kda "
+            "lower_bound=-5.0 allow_neg_eigval max_seqlen=8 backend=triton"
+        )
+        assert settings_of(*PLAIN) == "softplus_beta=1.0 softplus_threshold=20.0 state_layout=kv"
+
+    @pytest.mark.parametrize(
+        "word",
+        [
+            "",
+            "softplus_beta=1.0 softplus_threshold=20.0",
+            "softplus_beta=1 softplus_threshold=20.0 state_layout=kv",
+            "softplus_beta=1.0 softplus_threshold=2_0.0 state_layout=kv",
+            "softplus_beta=1.0 softplus_threshold=1e999 state_layout=kv",
+            "softplus_beta=one softplus_threshold=20.0 state_layout=kv",
+            "softplus_beta=1.0 softplus_threshold=20.0 state_layout=vv",
+            "softplus_beta=1.0 softplus_threshold=20.0 scale=None state_layout=kv",
+            "softplus_beta=1.0 softplus_threshold=20.0 state_layout=kv max_seqlen=08",
+            "softplus_beta=1.0 softplus_threshold=20.0 state_layout=kv is_kda is_kda",
+            "softplus_beta=1.0 softplus_threshold=20.0 is_kda state_layout=kv",
+            "softplus_beta=1.0 softplus_threshold=20.0 state_layout=kv\n",
+        ],
+    )
+    def test_no_other_word_is_read(self, word):
+        with pytest.raises(ArgumentValueError) as caught:
+            parse_settings(word)
+        assert caught.value.argument == "settings"
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"softplus_beta": 1},
+            {"softplus_threshold": None},
+            {"scale": True},
+            {"scale": torch.tensor(1.0)},
+            {"lower_bound": "-5"},
+            {"is_kda": 1},
+            {"use_qk_l2norm_in_kernel": None},
+            {"state_layout": "vv"},
+            {"max_seqlen": 3.0},
+            {"max_seqlen": True},
+            {"backend": 1},
+        ],
+    )
+    def test_of_anything_else_there_are_none(self, changes):
+        assert settings_of(*PLAIN._replace(**changes)) is None
 
 
 class TestGradients:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from ...registry.backend import Config
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from ...registry.varlen.classes import LengthClass
 from .specialization import landing_bytes, stage_bytes
 
 __all__ = ["configs"]
@@ -173,17 +174,27 @@ def configs(problem: Problem) -> Sequence[Config]:
 
 def _default(problem: Problem) -> _Choice:
     rows = max(problem.profile.n, 1) * problem.hv * problem.v
+    kv = problem.state_layout == "kv"
     narrow = (problem.state_dtype or "float32") != "float32"  # half the bytes per row, so twice the rows per lane
     if problem.profile.longest == 1:
         if problem.is_kda:
             return _staged(8, 4, 4, 1) if rows > _LATENCY_ROWS else _staged(8, 1, 4, 1)
-        if problem.state_layout == "kv":
-            return _direct(4, 4, 4) if rows > 8 * _LATENCY_ROWS else _landed(8, 2, 2, 10)
+        if kv:
+            few = _landed(4, 2, 2) if rows > _LATENCY_ROWS else _landed(8, 2, 2, 10)
+            return _direct(4, 4, 4) if rows > 2 * _LATENCY_ROWS else few
         return _landed(8, 4, 2, 8) if rows > (2 if narrow else 4) * _LATENCY_ROWS else _landed(8, 2, 2, 10)
+    if problem.profile.length_class is LengthClass.HEAVY and rows > 2 * _LATENCY_ROWS:
+        # The chains of the few long ones are what is waited for.
+        return _staged(4, 1, 4, 2, 4) if kv else _staged(8, 2, 4, 2, 4)
+    if kv and problem.intermediates != "none":
+        chained = problem.intermediates == "tree" or rows <= 2 * _LATENCY_ROWS
+        return _staged(4, 1, 4, 2, 4) if chained else _staged(4, 2, 4, 2)
     if rows <= 16 * _SMS:
         return _staged(8, 1, 2, 4, 2)  # fewer rows than schedulers can hold warps: one short chain each
     if rows <= 2 * _LATENCY_ROWS:
         return _staged(8, 2, 4, 2, 4)
+    if kv:
+        return _staged(4, 2, 4, 2)
     return _staged(8, 4, 4, 1, 0, 4) if problem.profile.longest in (2, 4) else _staged(8, 2, 4, 2, 0, 4)
 
 

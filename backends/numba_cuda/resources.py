@@ -115,10 +115,11 @@ def main(
     processes: int = typer.Option(2, min=1, help="how many compile at once"),
 ) -> None:
     """Compile every config of every problem for every architecture."""
+    sources = fingerprint()  # of those that are about to be compiled
     made = compile_rows(processes)
     if write:
         columns = [field.name for field in fields(Resources)]
-        head = {"fingerprint": fingerprint(), "columns": columns, "compilers": _compilers()}
+        head = {"fingerprint": sources, "columns": columns, "compilers": _compilers()}
         TABLE.write_text(resource_rows.text_of(head, made))
         return
     wrong = list(resource_rows.differences(made, {key: astuple(row) for key, row in load_table().items()}))

@@ -153,9 +153,8 @@ def recurrent(
     NEXT: windows are read one ahead, for sequences that have more than one.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
-    n = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    if n >= N:
-        return  # the grid's last layer along z need not be full
+    place = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    n = tl.minimum(place, N - 1).to(tl.int64)  # the grid's last layer along z need not be full
     program = tl.program_id(0)
     tile_index = program % TILES
     head = (program // TILES).to(tl.int64)
@@ -183,7 +182,7 @@ def recurrent(
         biases = load_pieces(dt_bias + head * dt_h, dt_d, K, SPAN, LANES)
     else:
         biases = (tl.load(dt_bias + head * dt_h).to(tl.float32),)
-    if length <= 0:
+    if (length <= 0) | (place >= N):
         return
 
     # The state comes from furthest away. A negative slot reads nothing and starts from zero.

@@ -104,10 +104,11 @@ def main(
     processes: int = typer.Option(2, min=1, help="how many compile at once"),
 ) -> None:
     """Compile every config of every problem for every architecture."""
+    sources = fingerprint()  # of those that are about to be compiled
     made = compile_rows(processes)
     if write:
         columns = ["registers", "spilled", "shared"]
-        head = {"fingerprint": fingerprint(), "columns": columns, "triton": version("triton")}
+        head = {"fingerprint": sources, "columns": columns, "triton": version("triton")}
         TABLE.write_text(resource_rows.text_of(head, made))
         return
     known, listed = load_table()

@@ -53,16 +53,16 @@ def test_flags_in_force_are_one_object_and_a_compilation_changes_its_own():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Names of the functions that are compiled from here on."""
-    names = []
+    """Names of the functions that are compiled from here on, and the flags of each."""
+    made = {}
     compile_subroutine = CUDATargetContext._compile_subroutine_no_cache
 
     def counted(self, builder, function, *rest, **named):
-        names.append(function.__qualname__)
+        made[function.__qualname__] = named["flags"]
         return compile_subroutine(self, builder, function, *rest, **named)
 
     monkeypatch.setattr(CUDATargetContext, "_compile_subroutine_no_cache", counted)
-    return names
+    return made
 
 
 def test_the_next_config_compiles_what_is_its_own_alone(compiled):
@@ -70,10 +70,12 @@ def test_the_next_config_compiles_what_is_its_own_alone(compiled):
     config = configs_for(problem)[0]
     wider = Config.from_dict({**config.to_dict(), "resident": int(config["resident"]) + 1})
     compiling._ptx(Variant.of(problem, config, wide=True))
-    assert compiled
+    assert len(compiled) > 10
+    assert len({id(flags) for flags in compiled.values()}) == len(compiled), "each its own"
+    assert len({id(flags.copy()) for flags in compiled.values()}) == 1, "one in force"
     compiled.clear()
     compiling._ptx(Variant.of(problem, wider, wide=True))
-    assert compiled == []
+    assert compiled == {}
     compiling._ptx(Variant.of(describe(PROMPTS.but(neg_eigval=True), "cuda", 90), config, wide=True))
     assert {name.split(".")[0] for name in compiled} == {"beta_function", "stage_beta_of", "_stage"}
 

@@ -2,15 +2,14 @@
 
 The operators are opaque: traced by their schemas and fake kernels, executed by the op itself, which still chooses the
 backend at every call. Mutation is declared: the pool, the intermediate states, ``out``. A call that requires gradients
-and writes to none of its arguments is differentiable; one that does both raises.
+and writes to none of its arguments is differentiable; one that does both raises. Decode and prompt steps, whose time on
+the host counts, have an operator of few arguments (``torch_step``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,54 +19,23 @@ from ....errors import ArgumentValueError, BackendDeclinedError
 from ...decision import RejectCode
 from ...varlen.graph_layout import GraphLayout
 from ...varlen.layout import SequenceLayout
-from .torch_schema import BACKWARD, IN_PLACE, OUT, READ_ONLY
+from .torch_schema import BACKWARD, IN_PLACE, OUT, READ_ONLY, STEP
+from .torch_served import NAME, SERVING, any_requires_grad, process_wide_call, refuse_grad, served, serving
+from .torch_settings import settings_of
+from .torch_step import fake_step, step
 
 __all__ = ["OPERATORS", "is_traced", "serving", "traced"]
 
-_NAME = "fused_sigmoid_gating"
-
 #: Names of the operators under ``torch.ops.isokern`` that users' graphs contain.
-OPERATORS = ("fused_sigmoid_gating", "fused_sigmoid_gating.out", "fused_sigmoid_gating_read_only")
-
-#: The arguments that gradients flow to, with their places.
-_LEAVES = (
-    *(("A_log", 0), ("a", 1), ("dt_bias", 2), ("q", 5), ("k", 6), ("v", 7), ("b", 8)),
-    ("initial_state_source", 9),
+OPERATORS = (
+    "fused_sigmoid_gating_step",
+    "fused_sigmoid_gating",
+    "fused_sigmoid_gating.out",
+    "fused_sigmoid_gating_read_only",
 )
 
-# Whether autograd is on and one of the tensors (or None) among its arguments requires a gradient.
-_any_requires_grad = torch._C._any_requires_grad
-
-_serving: ContextVar[Any] = ContextVar("isokern_fused_sigmoid_gating_serving", default=None)
-
-
-@contextmanager
-def serving(op: Any) -> Iterator[None]:
-    """Within the block the operators run ``op``, of a registry of its own; for examining a backend."""
-    token = _serving.set(op)
-    try:
-        yield
-    finally:
-        _serving.reset(token)
-
-
-def _op() -> Any:
-    op = _serving.get()
-    return _process_wide() if op is None else op
-
-
-@cache
-def _process_wide() -> Any:
-    from ... import get
-
-    return get(_NAME)
-
-
-@cache
-def _process_wide_call() -> Callable[..., torch.Tensor]:
-    """The method: objects are called by way of a dictionary, methods are not."""
-    call: Callable[..., torch.Tensor] = _process_wide().__call__
-    return call
+#: Where the general operators take what gradients flow to, ``torch_served.LEAVES``.
+_PLACES = (0, 1, 2, 5, 6, 7, 8, 9)
 
 
 def is_traced(values: Iterable[object]) -> bool:
@@ -112,12 +80,29 @@ def traced(
     """The call as one operator of ``torch.ops.isokern``. A layout goes in as its tensor: graphs outlive batches."""
     if isinstance(cu_seqlens, SequenceLayout | GraphLayout):
         cu_seqlens = cu_seqlens.cu_seqlens
+    unusual = (intermediate_state_indices, retrieve_parent_token, output_state_indices)
+    if (
+        initial_state_source is not None
+        and not disable_state_update
+        and initial_state_indices is not None
+        and intermediate_states_buffer is None
+        and unusual == (None, None, None)
+        and out is None
+    ):
+        settings = settings_of(
+            softplus_beta, softplus_threshold, scale, use_qk_l2norm_in_kernel, state_layout, is_kda, lower_bound,
+            allow_neg_eigval, max_seqlen, backend,
+        )  # fmt: skip
+        if settings is not None:
+            stepped: torch.Tensor = torch.ops.isokern.fused_sigmoid_gating_step.default(
+                A_log, a, dt_bias, q, k, v, b, initial_state_source, initial_state_indices, cu_seqlens, settings
+            )
+            return stepped
     shared = (
         A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source, initial_state_indices,
         scale, use_qk_l2norm_in_kernel, cu_seqlens,
     )  # fmt: skip
     reads_only = (initial_state_source is None or disable_state_update) and intermediate_states_buffer is None
-    unusual = (intermediate_state_indices, retrieve_parent_token, output_state_indices)
     if reads_only and out is None and unusual == (None, None, None):
         result: torch.Tensor = torch.ops.isokern.fused_sigmoid_gating_read_only.default(
             *shared, state_layout=state_layout, is_kda=is_kda, lower_bound=lower_bound,
@@ -174,10 +159,10 @@ def _in_place(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator that writes to its arguments. Spelled out: Python takes a dictionary to call by many names."""
-    if is_grad_enabled() and _any_requires_grad(A_log, a, dt_bias, q, k, v, b, initial_state_source):
-        _refuse_grad((A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source))
-    op = _serving.get()
-    call = _process_wide_call() if op is None else op.__call__
+    if is_grad_enabled() and any_requires_grad(A_log, a, dt_bias, q, k, v, b, initial_state_source):
+        refuse_grad(A_log, a, dt_bias, q, k, v, b, initial_state_source)
+    op = SERVING.get()
+    call = process_wide_call() if op is None else op.__call__
     if (
         intermediate_states_buffer is None
         and intermediate_state_indices is None
@@ -208,7 +193,7 @@ def _out(*args: Any, out: torch.Tensor) -> None:
 
 def _read_only(*args: Any, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = _op()(*args, disable_state_update=_pool(args) is not None, **kwargs)
+        result: torch.Tensor = served()(*args, disable_state_update=_pool(args) is not None, **kwargs)
     return result
 
 
@@ -218,30 +203,21 @@ def _pool(args: tuple[Any, ...]) -> torch.Tensor | None:
     return pool
 
 
-def _refuse_grad(args: tuple[Any, ...]) -> None:
-    if not is_grad_enabled():
-        return
-    for name, place in _LEAVES:
-        if place < len(args) and args[place] is not None and args[place].requires_grad:
-            raise ArgumentValueError(
-                name,
-                "a tensor that does not require grad where the call writes to its arguments and is traced",
-                "requires_grad=True",
-                "use torch.no_grad(), or disable_state_update=True without buffers and out=, or call the op eagerly",
-            )
+def _leaves(args: tuple[Any, ...]) -> list[Any]:
+    return [args[place] for place in _PLACES if place < len(args)]
 
 
 def _backward(grad: torch.Tensor, pool_grad: bool, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
     """Gradients of A_log, a, dt_bias, q, k, v, b and the pool (empty unless asked for), by running the call again on a
     differentiable backend.
     """
-    places = [place for _, place in _LEAVES[: None if pool_grad else -1]]
+    places = _PLACES[: None if pool_grad else -1]
     # The dispatcher has switched autograd off for what runs inside an operator's kernel.
     with _autograd_on(), torch.enable_grad():
         again = list(args)
         for i in places:
             again[i] = args[i].detach().requires_grad_()
-        o = _op()(*again, disable_state_update=_pool(args) is not None, **kwargs)
+        o = served()(*again, disable_state_update=_pool(args) is not None, **kwargs)
         found = torch.autograd.grad(o, [again[i] for i in places], grad, allow_unused=True)
     # Of their own, and packed: as the fake kernel says.
     grads = [
@@ -271,16 +247,16 @@ def _fake_output(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _fake_in_place(*args: Any, **kwargs: Any) -> torch.Tensor:
-    _refuse_grad(args)
+    refuse_grad(*_leaves(args))
     return _fake_output(*args)
 
 
 def _fake_out(*args: Any, **kwargs: Any) -> None:
-    _refuse_grad(args)
+    refuse_grad(*_leaves(args))
 
 
 def _fake_backward(grad: torch.Tensor, pool_grad: bool, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-    tensors = [args[place] for _, place in _LEAVES[: None if pool_grad else -1]]
+    tensors = [args[place] for place in _PLACES[: None if pool_grad else -1]]
     made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
     return made if pool_grad else [*made, grad.new_empty(0)]
 
@@ -298,11 +274,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 def _refuse_backend(name: str | None) -> None:
     """Raise for a backend that was asked for by name and has no gradients, as the op itself does."""
-    dispatcher = _op().dispatcher
+    dispatcher = served().dispatcher
     forced = dispatcher.request(name)
     name = forced.argument or forced.context or forced.environment
-    if name is not None and "differentiable" not in dispatcher.registry.backends(_NAME)[name].tags:
-        raise BackendDeclinedError(_NAME, name, RejectCode.GRAD, "not differentiable")
+    if name is not None and "differentiable" not in dispatcher.registry.backends(NAME)[name].tags:
+        raise BackendDeclinedError(NAME, name, RejectCode.GRAD, "not differentiable")
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -311,7 +287,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     pool_grad = len(inputs) > 9 and ctx.needs_input_grad[9]
     found = torch.ops.isokern.fused_sigmoid_gating_backward(grad, pool_grad, *inputs, **ctx.options)
     grads: list[torch.Tensor | None] = [None] * len(inputs)
-    for (_, i), g in zip(_LEAVES, found, strict=True):
+    for i, g in zip(_PLACES, found, strict=True):
         if i < len(inputs) and ctx.needs_input_grad[i]:
             grads[i] = g
     return tuple(grads)
@@ -323,9 +299,14 @@ def _no_second(ctx: Any, *grads: Any) -> None:
 
 def _define() -> torch.library.Library:
     library = torch.library.Library("isokern", "FRAGMENT")  # type: ignore[no-untyped-call]
-    kernels = ((IN_PLACE, _in_place), (OUT, _out), (READ_ONLY, _read_only), (BACKWARD, _backward))
-    fakes: tuple[Callable[..., Any], ...] = (_fake_in_place, _fake_out, _fake_output, _fake_backward)
-    for (schema, kernel), fake in zip(kernels, fakes, strict=True):
+    operators: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+        (STEP, step, fake_step),
+        (IN_PLACE, _in_place, _fake_in_place),
+        (OUT, _out, _fake_out),
+        (READ_ONLY, _read_only, _fake_output),
+        (BACKWARD, _backward, _fake_backward),
+    )
+    for schema, kernel, fake in operators:
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         library.define(schema, tags=tags)  # type: ignore[no-untyped-call]
         name = schema.partition("(")[0]

@@ -1,5 +1,6 @@
 """Schemas of the op's torch operators, and which one a call takes.
 
+``isokern::fused_sigmoid_gating_step``        updates the pool in place, returns the output; decode and prompt steps
 ``isokern::fused_sigmoid_gating``             updates the pool and the intermediate states in place, returns the output
 ``isokern::fused_sigmoid_gating.out``         the same, into ``out``; returns nothing
 ``isokern::fused_sigmoid_gating_read_only``   writes to no argument; differentiable
@@ -8,7 +9,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BACKWARD", "IN_PLACE", "OUT", "READ_ONLY"]
+__all__ = ["BACKWARD", "IN_PLACE", "OUT", "READ_ONLY", "STEP"]
 
 _TENSORS = (
     "Tensor A_log, Tensor a, Tensor dt_bias, float softplus_beta, float softplus_threshold, Tensor q, Tensor k, "
@@ -21,7 +22,7 @@ _VERIFY = (
 )
 _CHOICE = "SymInt? max_seqlen=None, str? backend=None"
 
-# The operators that decode steps run have no keyword-only arguments but ``out``: each one given costs half a
+# The writing operators have no keyword-only arguments but ``out``: each one given costs half a
 # microsecond more than in its place.
 _WRITING = (
     f"({_TENSORS}, Tensor(a!)? initial_state_source=None, Tensor? initial_state_indices=None, {_FLAGS}, {_WORDS}, "
@@ -29,6 +30,11 @@ _WRITING = (
 )
 _READING = f"Tensor? initial_state_source=None, Tensor? initial_state_indices=None, {_FLAGS}, *, {_WORDS}, {_CHOICE}"
 
+# Numbers, flags and names are one argument, ``torch_settings``: apart they cost as much as eleven tensors do.
+STEP = (
+    "fused_sigmoid_gating_step(Tensor A_log, Tensor a, Tensor dt_bias, Tensor q, Tensor k, Tensor v, Tensor b, "
+    "Tensor(a!) pool, Tensor slots, Tensor? cu_seqlens, str settings) -> Tensor"
+)
 IN_PLACE = f"fused_sigmoid_gating{_WRITING.format(out='')} -> Tensor"
 OUT = f"fused_sigmoid_gating.out{_WRITING.format(out=', *, Tensor(c!) out')} -> ()"
 READ_ONLY = f"fused_sigmoid_gating_read_only({_TENSORS}, {_READING}) -> Tensor"

@@ -73,10 +73,10 @@ def _op_of(backend: Backend) -> Iterator[None]:
 def _opcheck(subject: Subject, spec: CaseSpec) -> None:
     kwargs = fresh(spec, device=subject.device)
     subject.config_for(Trial(kwargs).call.problem())  # a decline is a decline
-    operator, args, options = _operator(kwargs)
+    operator, args, options = _operator(kwargs, subject.backend.name)
     with _op_of(subject.backend):
         try:
-            torch.library.opcheck(operator, args, {**options, "backend": subject.backend.name})
+            torch.library.opcheck(operator, args, options)
         except OpCheckError as error:
             cause = error.__cause__ or error
             raise Violation(f"opcheck: {cause}", code=RejectCode.RAISED) from error
@@ -84,11 +84,11 @@ def _opcheck(subject: Subject, spec: CaseSpec) -> None:
             raise BackendRaised("run", error) from error
 
 
-def _operator(kwargs: Kwargs) -> tuple[Any, tuple[Any, ...], Kwargs]:
+def _operator(kwargs: Kwargs, backend: str) -> tuple[Any, tuple[Any, ...], Kwargs]:
     """The operator that a call takes, with its arguments."""
     noted = _Noted()
     with noted:
-        _traced(kwargs, None)
+        _traced(kwargs, backend)
     return noted.calls[-1]
 
 

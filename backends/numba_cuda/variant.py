@@ -13,6 +13,8 @@ WARP = 32
 #: Consecutive K values that one lane takes at a time: 16 bytes of a float32 state, 8 of a 16-bit one. Part of the order
 #: in which sums over K are formed, so it is no config: no config changes a bit of the result.
 CHUNK = 4
+#: Lanes that can share K by halving, and columns that a vector can hold.
+_POWERS = (1, 2, 4, 8, 16, 32)
 #: Bytes per element.
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -66,6 +68,13 @@ class Variant:
     overlap: bool
     streaming: bool
     resident: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a block that shuffles or vectors cannot serve."""
+        for name in ("lanes", "columns"):
+            value = getattr(self, name)
+            if value not in _POWERS:
+                raise ValueError(f"{name}: one of {_POWERS}, not {value}")
 
     @classmethod
     def of(cls, problem: Problem, config: Config, wide: bool) -> Variant:

@@ -134,7 +134,7 @@ def main():
         try:
             case(*args)
             found[name] = ""
-        except Exception:  # noqa: BLE001  (a test reports it)
+        except (Exception, pytest.fail.Exception):  # noqa: BLE001  (a test reports it)
             found[name] = traceback.format_exc()
 
     for name, case in list(globals().items()):

@@ -38,7 +38,7 @@ TRITON: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "negative slots written": ("kernel.py", "if write >= 0:", "if write >= -1:", "watch", "base"),
     "negative slots read": ("kernel.py", "rows, read >= 0, K", "rows, read >= -1, K", "values", "base"),
-    "an empty sequence computed": ("kernel.py", "if length <= 0:", "if length < 0:", "values", "separate slots"),
+    "an empty sequence computed": ("kernel.py", "(length <= 0) |", "(length < 0) |", "values", "separate slots"),
     "one token too many": ("kernel.py", "for t in range(length):", "for t in range(length + 1):", "values", "base"),
     "one token too few": ("kernel.py", "for t in range(length):", "for t in range(length - 1):", "values", "base"),
     "scalars of the last token for the next": (
@@ -78,8 +78,8 @@ TRITON: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "two programs on one head": (
         "kernel.py",
-        "(program // TILES) % HV)",
-        "(program // TILES) % (HV - 1))",
+        "head = (program // TILES)",
+        "head = (program // TILES // 2)",
         "watch",
         "base",
     ),
@@ -141,8 +141,8 @@ NUMBA_CUDA: dict[str, tuple[str, str, str, str, str]] = {
     "keys beyond K": ("states.py", "if all_k or chunk * j + at < key_dim:", "if True:", "watch", "kv"),
     "two blocks on one head": (
         "kernel.py",
-        "head = (block // per_head) % heads",
-        "head = (block // per_head) % (heads - 1)",
+        "head = block // tiles",
+        "head = block // tiles // 2",
         "watch",
         "base",
     ),

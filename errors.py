@@ -18,6 +18,7 @@ __all__ = [
     "BackendFailedError",
     "CatalogueError",
     "ForkedProcessError",
+    "IntegrationError",
     "IsokernError",
     "NoBackendError",
     "NotPreparedError",
@@ -150,6 +151,21 @@ class ForkedProcessError(IsokernError, RuntimeError):
         self.op = op
         self.what = what
         super().__init__(f"op {op!r}: {what} before this process was forked, and that does not survive it; {instead}")
+
+
+class IntegrationError(IsokernError, ValueError):
+    """Another package's model, cache, version or argument that isokern cannot serve; nothing has been changed.
+
+    Attributes: ``package``, ``what`` (a layer, a cache, ...), ``found`` and ``supported``, in words.
+    """
+
+    def __init__(self, package: str, what: str, found: str, supported: str, hint: str = "") -> None:
+        self.package = package
+        self.what = what
+        self.found = found
+        self.supported = supported
+        text = f"{package}: {what}: found {found}, supported: {supported}"
+        super().__init__(f"{text} ({hint})" if hint else text)
 
 
 class CatalogueError(IsokernError, ValueError):

@@ -18,6 +18,17 @@ BUILTIN_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "isokern.backends.triton.backend:Triton",
             "isokern.backends.cupy.backend:Cupy",
             "isokern.backends.numba_cuda.backend:NumbaCuda",
+            "isokern.backends.cupy_chunked.backend:CupyChunked",
+            "isokern.backends.composite.backend:Composite",
+            "isokern.backends.external.fla:FlaRecurrent",
+            "isokern.backends.external.fla:FlaChunk",
+            "isokern.backends.external.flashinfer:FlashInferDecode",
+            "isokern.backends.external.flashinfer:FlashInferMtp",
+            "isokern.backends.external.flashinfer:FlashInferPrefill",
+            "isokern.backends.external.flashqla:FlashQla",
+            "isokern.backends.external.sglang:SglangTriton",
+            "isokern.backends.external.sglang:SglangCuteDsl",
+            "isokern.backends.external.sglang:SglangChunk",
         ),
     }
 )

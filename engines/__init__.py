@@ -76,6 +76,13 @@ ENGINES: Mapping[str, EngineInfo] = MappingProxyType(
                 programs=("g++",),
             ),
             EngineInfo(
+                "cuda_on_cpu",
+                "cupy_chunked",
+                "isokern.backends.cupy_chunked.backend:CupyChunked",
+                "isokern.engines.cuda_on_cpu.chunked:load",
+                programs=("g++",),
+            ),
+            EngineInfo(
                 "triton_interpreter",
                 "triton",
                 "isokern.backends.triton.backend:Triton",

@@ -47,7 +47,8 @@ class Forks:
             raise ForkedProcessError(
                 self._op, "a CUDA device was in use", "start workers with the 'spawn' or 'forkserver' method"
             )
-        if self._threads_lost and problem.device == "cpu" and backend.provenance == "torch" and _torch_threads() > 1:
+        uses_threads = backend.provenance in ("torch", "composite")  # a composite's parts may be torch's
+        if self._threads_lost and problem.device == "cpu" and uses_threads and _torch_threads() > 1:
             raise ForkedProcessError(
                 self._op,
                 "torch's CPU threads were in use",

@@ -25,7 +25,9 @@ from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial, bits
 
 OP = "fused_sigmoid_gating"
 #: Backends that need no GPU; the others are examined in ``tests/engines``. A missing one fails, it is never skipped.
-NAMES = ("torch_reference", "torch_vectorized", "torch_chunked", "numba_cpu")
+NAMES = ("torch_reference", "torch_vectorized", "torch_chunked", "numba_cpu", "composite")
+#: Those that run a batch of nearly equal lengths: there is nothing for a composite to split.
+ON_EQUAL = NAMES[:-1]
 #: What applies on this machine; engine and GPU checks belong to other jobs.
 HERE = [c.id for c in CHECKS if c.needs in (Needs.ANY, Needs.CPU, Needs.HOST) and c.tier is Tier.FAST]
 
@@ -50,7 +52,8 @@ def subject_of(name: str) -> Subject:
 
 
 def test_every_backend_is_examined_here_or_in_an_engine():
-    assert len(BUILTIN_BACKENDS[OP]) == len({*NAMES, *ENGINES})
+    external = {name for name, b in registry.backends(OP).items() if b.provenance == "external"}  # test_external.py
+    assert len(BUILTIN_BACKENDS[OP]) == len({*NAMES, *ENGINES, *external})
     assert {*NAMES, *ENGINES} <= set(registry.backends(OP))
 
 
@@ -64,7 +67,7 @@ def test_backend_conforms(name, check, conformance):
     assert report.ok or load_exceptions(OP, builtin(name)).declines(check)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_EQUAL)
 def test_packed_5_7_6_equals_each_sequence_alone(name):
     """Bit for bit in the reference and numba; within the bound where a matrix product's order depends on the batch."""
     ratio = packed_equals_alone(subject_of(name), SCENARIOS["packed 5,7,6"])
@@ -74,7 +77,7 @@ def test_packed_5_7_6_equals_each_sequence_alone(name):
         assert ratio is None or ratio <= 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_EQUAL)
 def test_packed_4_6_5_on_slots_0_2_1_of_5_updates_exactly_those_states(name):
     kwargs = with_slots(fresh(SCENARIOS["slots 0,2,1 of 5"]), (0, 2, 1))
     pool = kwargs["initial_state_source"]
@@ -87,7 +90,7 @@ def test_packed_4_6_5_on_slots_0_2_1_of_5_updates_exactly_those_states(name):
     trial.check_untouched()  # the guard slots around the pool, too
 
 
-@pytest.mark.parametrize("name", ["torch_vectorized", "torch_chunked", "numba_cpu"])
+@pytest.mark.parametrize("name", ["torch_vectorized", "torch_chunked", "numba_cpu", "composite"])
 @pytest.mark.parametrize("of", ["mixed", "mixed float32", "typical kda", "vk kda", "one long, many short"])
 def test_backends_agree_within_the_bound(name, of):
     recipe = Recipe(case(of))

@@ -21,7 +21,9 @@ from isokern.registry.ops.fused_sigmoid_gating.describe import describe
 from isokern.registry.plugins import load_attribute, missing_modules
 
 OP = "fused_sigmoid_gating"
+#: Those that do the whole contract, token by token.
 GPU = ("triton", "cupy", "numba_cuda")
+CHUNKED = "cupy_chunked"
 FRAMEWORKS = ("triton", "cupy", "numba", "llvmlite", "cuda")
 
 
@@ -30,7 +32,32 @@ def on_gpu(spec):
 
 
 def test_they_are_registered_and_each_has_an_engine():
-    assert set(GPU) == set(ENGINES) < set(registry.backends(OP))
+    assert {*GPU, CHUNKED} == set(ENGINES) < set(registry.backends(OP))
+
+
+def test_prompts_go_to_the_chunked_one_and_the_rest_to_the_recurrent_ones():
+    chunked, recurrent = registry.backends(OP)[CHUNKED], registry.backends(OP)["cupy"]
+    prompt, short = on_gpu(BASE.but(lengths=(2000,), padded=())), on_gpu(BASE)
+    assert chunked.rank(prompt) > recurrent.rank(prompt)
+    assert chunked.rank(short) < recurrent.rank(short)
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "words"),
+    [
+        (BASE.but(is_kda=True), RejectCode.FEATURE, "KDA"),
+        (BASE.but(verify="chain"), RejectCode.FEATURE, "after each of its tokens"),
+        (BASE.but(io_dtype="float64"), RejectCode.DTYPE, "q, k, v in float64"),
+        (BASE.but(k=512), RejectCode.SHAPE, "up to 256"),
+        (BASE.but(k=256, io_dtype="float32"), RejectCode.SHAPE, "does not fit the 227 KiB"),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_what_the_chunked_one_declines_it_says(spec, code, words):
+    verdict = registry.backends(OP)[CHUNKED].check(on_gpu(spec))
+    assert not verdict
+    assert verdict.code is code
+    assert words in verdict.reason
 
 
 @pytest.mark.parametrize("name", GPU)

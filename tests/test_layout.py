@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from isokern.errors import ArgumentTypeError, ArgumentValueError
+from isokern.registry.varlen import layout as layout_module
 from isokern.registry.varlen.classes import LengthClass
 from isokern.registry.varlen.layout import SequenceLayout, check_offsets
 from isokern.registry.varlen.profile import VarlenProfile, bucket
@@ -118,6 +119,70 @@ def test_split_keeps_the_batch_order():
     assert layout.split(5) == ((0, 1, 4), (2, 3))
     assert layout.split(0) == ((1,), (0, 2, 3, 4))
     assert layout.split(100) == ((0, 1, 2, 3, 4), ())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((1, 1, 9, 8, 1), [((1, 1), False), ((9, 8), True), ((1,), False)]),
+        ((9, 1), [((9,), True), ((1,), False)]),
+        ((4, 5), [((4,), False), ((5,), True)]),
+        ((0, 9, 0, 8, 0, 1, 0), [((0, 9, 0, 8, 0), True), ((1, 0), False)]),
+        ((1, 2, 3), [((1, 2, 3), False)]),
+        ((7, 0), [((7, 0), True)]),
+        ((0, 0), []),
+        ((), []),
+    ],
+)
+def test_runs_are_cut_where_short_and_long_sequences_meet(lengths, expected):
+    layout = SequenceLayout.from_lengths(lengths)
+    spans = layout.spans(4)
+    assert [(lengths[s.first : s.last], s.long) for s in spans] == expected
+    assert [(s.start, s.stop) for s in spans] == [(layout.offsets[s.first], layout.offsets[s.last]) for s in spans]
+    for run in layout.runs(4):
+        assert run.layout.lengths == lengths[run.span.first : run.span.last]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_offsets_of_a_run_start_at_0_and_stand_beside_the_layout_s(dtype):
+    layout = SequenceLayout.from_lengths((1, 1, 9, 0, 8, 1), dtype=dtype)
+    first, second, third = (run.layout for run in layout.runs(4))
+    for part, offsets in ((first, (0, 1, 2)), (second, (0, 9, 9, 17)), (third, (0, 1))):
+        assert part.offsets == tuple(part.cu_seqlens.tolist()) == offsets
+        assert part.cu_seqlens.dtype is dtype
+        assert part.cu_seqlens.is_contiguous()
+    assert first.cu_seqlens.data_ptr() == layout.cu_seqlens.data_ptr(), "a view: they start at 0 as they are"
+    assert SequenceLayout.from_lengths((1, 9), device="meta").runs(4)[1].layout.cu_seqlens.device.type == "meta"
+
+
+def test_runs_are_made_once_per_threshold():
+    layout = SequenceLayout.from_lengths((1, 9, 3))
+    assert layout.runs(4) is layout.runs(4)
+    assert [run.layout.lengths for run in layout.runs(2)] == [(1,), (9, 3)]
+    assert layout.runs(1) is not layout.runs(2)
+
+
+def test_a_batch_of_one_run_is_its_own_layout():
+    layout = SequenceLayout.from_lengths((1, 2, 0))
+    [run] = layout.runs(4)
+    assert run.layout is layout
+
+
+class OnGpu(torch.Tensor):
+    """Offsets that say they are on a GPU."""
+
+    is_cuda = True
+
+
+def test_what_a_capture_makes_belongs_to_its_graph(monkeypatch):
+    layout = SequenceLayout((0, 1, 10), torch.tensor([0, 1, 10]).as_subclass(OnGpu))
+    monkeypatch.setattr(layout_module, "_capturing", lambda: True)
+    captured = layout.runs(4)
+    assert layout.runs(4) is not captured, "a graph's memory is reused: no other call may read it"
+    monkeypatch.setattr(layout_module, "_capturing", lambda: False)
+    kept = layout.runs(4)
+    monkeypatch.setattr(layout_module, "_capturing", lambda: True)
+    assert layout.runs(4) is kept
 
 
 def test_by_length_is_longest_first_and_stable():

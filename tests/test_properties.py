@@ -21,7 +21,7 @@ from isokern.registry.ops.fused_sigmoid_gating.reference import reference
 from isokern.registry.ops.fused_sigmoid_gating.validate_values import check_values
 
 OP = "fused_sigmoid_gating"
-BUILTIN_ON_CPU = ("torch_reference", "torch_vectorized", "torch_chunked", "numba_cpu")
+BUILTIN_ON_CPU = ("torch_reference", "torch_vectorized", "torch_chunked", "numba_cpu", "composite")
 FLOATS = ("float32", "bfloat16", "float16")
 INTS = ("int32", "int64")
 

@@ -25,6 +25,8 @@ from isokern.registry.conformance.runner import belongs_elsewhere
 
 OP = "fused_sigmoid_gating"
 GPU = tuple(ENGINES)
+#: Without the adapters to other libraries, which are not installed.
+OWN = {name for name, backend in registry.backends(OP).items() if backend.provenance != "external"}
 
 
 class Ran:
@@ -102,7 +104,7 @@ class TestPlaces:
         ok, text = verify()
         assert ok
         assert ran.places == {
-            **dict.fromkeys(("torch_reference", "torch_vectorized", "torch_chunked", "numba_cpu"), "cpu"),
+            **dict.fromkeys(("torch_reference", "torch_vectorized", "torch_chunked", "numba_cpu", "composite"), "cpu"),
             **dict.fromkeys(GPU, "engine"),
         }
         for name in ran.places:
@@ -111,7 +113,7 @@ class TestPlaces:
     def test_with_a_gpu_everything_that_can_runs_there(self, monkeypatch):
         ran = Ran(monkeypatch, cuda=True)
         verify()
-        assert ran.places == {name: "cpu" if name == "numba_cpu" else "cuda" for name in registry.backends(OP)}
+        assert ran.places == {name: "cpu" if name == "numba_cpu" else "cuda" for name in OWN}
 
     def test_what_no_gpu_can_check_is_checked_in_the_engine_beside_it(self, monkeypatch):
         ran = Ran(monkeypatch, cuda=True, not_on_gpu=("S4", "S5"))
@@ -139,7 +141,7 @@ class TestPlaces:
         ran = Ran(monkeypatch, cuda=True)
         ok, text = verify(device="cuda")
         assert ok
-        assert set(ran.places) == set(registry.backends(OP)) - {"numba_cpu"}
+        assert set(ran.places) == OWN - {"numba_cpu"}
         assert "numba_cpu: not verified: --device: expected one that 'numba_cpu' runs on" in text
 
     def test_a_gpu_that_is_not_there_is_an_error(self, monkeypatch):

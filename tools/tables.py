@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from isokern.registry.ops.fused_sigmoid_gating.problem import Problem
+from isokern.tools.external_table import external
 from isokern.tools.gpu_tables import recurrent
 from isokern.tools.host_tables import host_cost
+from isokern.tools.peers_table import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,7 +69,8 @@ def support() -> str:
         "int64 offsets and slots": base.but(index_dtype="int64", cu_dtype="int64"),
     }
     backends = registry.backends("fused_sigmoid_gating")
-    names = sorted(backends, key=lambda n: -backends[n].priority)
+    own = [name for name, backend in backends.items() if backend.provenance != "external"]
+    names = sorted(own, key=lambda n: -backends[n].priority)
     on_gpu, on_cpu = partial(describe, device="cuda", arch=90), partial(describe, device="cpu")
 
     def runs(name: str, problem: Problem) -> bool:
@@ -131,6 +134,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "varlen": varlen,
     "recurrent": recurrent,
     "host_cost": host_cost,
+    "external": external,
+    "peers": peers,
 }
 
 

@@ -17,7 +17,18 @@ from ..launch.image import Image
 from .arguments import template
 from .specialization import Specialization
 
-__all__ = ["FOLDER", "NAME", "NVRTC_OPTIONS", "CupyCompiler", "grid", "source", "sources"]
+__all__ = [
+    "FOLDER",
+    "NAME",
+    "NVRTC_OPTIONS",
+    "CupyCompiler",
+    "assembled",
+    "cubin",
+    "grid",
+    "nvrtc_version",
+    "source",
+    "sources",
+]
 
 FOLDER = Path(__file__).parent / "kernels"
 NAME = "recurrent"
@@ -37,16 +48,23 @@ def sources() -> Sequence[Path]:
 
 @cache
 def source() -> str:
-    """``recurrent.cu`` with the files it includes in their places: one text, which names the kernel on disk."""
-    main = f"{NAME}.cu"
+    """``recurrent.cu`` with the files it includes in their places."""
+    return assembled(FOLDER / f"{NAME}.cu", FOLDER)
+
+
+def assembled(main: Path, *folders: Path) -> str:
+    """A CUDA source with the files it includes, from the first folder that has them: one text, which names the kernel
+    on disk.
+    """
     parts = []
-    for number, line in enumerate((FOLDER / main).read_text().splitlines(), start=1):
+    for number, line in enumerate(main.read_text().splitlines(), start=1):
         match = _INCLUDE.fullmatch(line)
         if match is None:
             parts.append(line)
             continue
-        body = (FOLDER / match[1]).read_text().replace("#pragma once\n", "\n")
-        parts.append(f'#line 1 "{match[1]}"\n{body}#line {number + 1} "{main}"')
+        file = next(folder / match[1] for folder in folders if (folder / match[1]).exists())
+        body = file.read_text().replace("#pragma once\n", "\n")
+        parts.append(f'#line 1 "{match[1]}"\n{body}#line {number + 1} "{main.name}"')
     return "\n".join(parts) + "\n"
 
 
@@ -71,12 +89,11 @@ class CupyCompiler:
         return (Variant(None, wide=True),)
 
     def image(self, variant: Variant, fresh: bool = False) -> Image:
-        nvrtc = _nvrtc()
         options = (f"--gpu-architecture=sm_{self.arch}", *NVRTC_OPTIONS, *self.specialization.options())
-        path = file_of("cupy", (source(), str(options), f"NVRTC {nvrtc.getVersion()}"))
+        path = file_of("cupy", (source(), str(options), nvrtc_version()))
         if fresh:
             discard(path)
-        return cached(path, lambda: Image(_cubin(options), NAME, self.specialization.threads))
+        return cached(path, lambda: Image(cubin(source(), f"{NAME}.cu", options), NAME, self.specialization.threads))
 
     def errors(self) -> tuple[type[Exception], ...]:
         return (RuntimeError, ImportError, OSError)  # NVRTC's own error is a RuntimeError
@@ -86,9 +103,14 @@ def _nvrtc() -> Any:
     return import_module("cupy_backends.cuda.libs.nvrtc")
 
 
-def _cubin(options: Sequence[str]) -> bytes:
+def nvrtc_version() -> str:
+    return f"NVRTC {_nvrtc().getVersion()}"
+
+
+def cubin(text: str, name: str, options: Sequence[str]) -> bytes:
+    """Machine code of a source. Raises RuntimeError with the compiler's log."""
     nvrtc = _nvrtc()
-    program = nvrtc.createProgram(source(), f"{NAME}.cu", (), ())
+    program = nvrtc.createProgram(text, name, (), ())
     try:
         nvrtc.compileProgram(program, options)
         return bytes(nvrtc.getCUBIN(program)) + b"\0"  # CuPy strips the last byte, as if this were a string

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module, metadata
@@ -29,7 +29,18 @@ from .compiling import NAME, NVRTC_OPTIONS, source, sources
 from .configs import configs
 from .specialization import Specialization
 
-__all__ = ["ARCHES", "TABLE", "Usage", "fingerprint", "measure", "problems", "rows", "table"]
+__all__ = [
+    "ARCHES",
+    "TABLE",
+    "Usage",
+    "fingerprint",
+    "measure",
+    "problems",
+    "reported",
+    "resident_warps",
+    "rows",
+    "table",
+]
 
 ARCHES = (80, 90, 100)
 TABLE = Path(__file__).parent / "resources.json"
@@ -76,29 +87,26 @@ class Usage:
 
 
 def measure(specialization: Specialization, arch: int) -> Usage:
-    """Compile for ``arch`` (80, 90, 100) and read ptxas' report. Raises NVRTCError, with the log, if it fails."""
-    nvrtc: Any = import_module("cupy_backends.cuda.libs.nvrtc")
+    """Compile for ``arch`` (80, 90, 100) and read ptxas' report. Raises RuntimeError, with the log, if it fails."""
+    registers, spills, shared = reported(source(), f"{NAME}.cu", specialization.options(), arch)
+    return Usage(registers, spills, shared, resident_warps(specialization.threads, registers, shared))
 
-    options = (
-        f"--gpu-architecture=sm_{arch}",
-        "--ptxas-options=-v",
-        *NVRTC_OPTIONS,
-        *specialization.options(),
-    )
-    program = nvrtc.createProgram(source(), f"{NAME}.cu", (), ())
+
+def reported(text: str, name: str, macros: Sequence[str], arch: int) -> tuple[int, int, int]:
+    """Registers per thread, bytes spilled per thread, and static shared memory of a source compiled for ``arch``."""
+    nvrtc: Any = import_module("cupy_backends.cuda.libs.nvrtc")
+    options = (f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *NVRTC_OPTIONS, *macros)
+    program = nvrtc.createProgram(text, name, (), ())
     try:
         try:
             nvrtc.compileProgram(program, options)
         except nvrtc.NVRTCError as error:
-            raise RuntimeError(f"{specialization}: {error}\n{nvrtc.getProgramLog(program)}") from error
+            raise RuntimeError(f"{name} {macros}: {error}\n{nvrtc.getProgramLog(program)}") from error
         log = nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
-    registers = int(_found(r"Used (\d+) registers", log))
     shared = int(_found(r"(\d+) bytes smem", log)) if "bytes smem" in log else 0
-    return Usage(
-        registers, int(_found(r"(\d+) bytes spill stores", log)), shared, _warps(specialization, registers, shared)
-    )
+    return int(_found(r"Used (\d+) registers", log)), int(_found(r"(\d+) bytes spill stores", log)), shared
 
 
 def _found(pattern: str, log: str) -> str:
@@ -108,11 +116,11 @@ def _found(pattern: str, log: str) -> str:
     return match[1]
 
 
-def _warps(specialization: Specialization, registers: int, shared: int) -> int:
+def resident_warps(threads: int, registers: int, shared: int, most_shared: int = 163 << 10) -> int:
     """Registers are given out 256 at a time per warp, shared memory (1 KiB of it reserved) by the block."""
     per_warp = -(-registers * 32 // 256) * 256
-    warps = specialization.threads // 32
-    blocks = min(65536 // (per_warp * warps), (163 << 10) // (shared + 1024), 32)
+    warps = threads // 32
+    blocks = min(65536 // (per_warp * warps), most_shared // (shared + 1024), 32)
     return min(64, blocks * warps)
 
 

@@ -25,7 +25,8 @@ class Layout:
             empty if the kernel looks for itself.
         wide: whether strides allow the wide kernel.
         key: what machine code depends on beside the problem, the config and ``wide``.
-        scratch: the byte in ``block`` where the address of per-block scratch memory goes, None if kernels need none.
+        scratch: the byte in ``block`` where the address of per-block scratch memory goes, or of a chain's workspace;
+            None if kernels need none.
     """
 
     block: bytes

@@ -7,7 +7,8 @@ device when a call for it is first pinned; a launch makes the tensors' device cu
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from .driver import Driver, DriverError, Kernel, gpu
 from .image import Image
 from .pinned import pinned
 
-__all__ = ["MOST_PINNED", "Launcher"]
+__all__ = ["MOST_PINNED", "Launcher", "Runner"]
 
 _OP = "fused_sigmoid_gating"
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -31,8 +32,37 @@ _LARGEST_GRID = (2**31 - 1, 65535, 65535)
 MOST_PINNED = 64
 
 
-class Launcher:
-    """The bound runner of one problem and config. Safe to call from several threads, on several streams.
+class Runner(ABC):
+    """A bound runner that keeps the forms of calls it has seen. Safe to call from several threads and streams."""
+
+    def __init__(self) -> None:
+        self._forms: dict[Hashable, Pinned] = {}
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def pin(self, call: Call) -> Pinned:
+        """The form for calls like ``call``."""
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        """Launch on torch's current stream of the tensors' device. An output that is not given is allocated."""
+        out = call.out
+        if out is None:
+            out = torch.empty(call.v.shape, dtype=call.q.dtype, device=call.q.device)
+            call = call.replace(out=out)
+        key = _kind(call)
+        run = self._forms.get(key)
+        if run is None:
+            run = self.pin(call)
+            with self._lock:
+                if len(self._forms) >= MOST_PINNED:
+                    del self._forms[next(iter(self._forms))]
+                self._forms[key] = run
+        run(tuple([getattr(call, name) for name in TENSORS]))
+        return out
+
+
+class Launcher(Runner):
+    """The bound runner of one problem and config: one launch.
 
     ``runner(call)`` finds the form pinned to such calls, or pins one; ``runner.pin(call)`` gives that form (see
     ``registry.backend.Pinnable``).
@@ -51,10 +81,9 @@ class Launcher:
     def __init__(
         self, backend: str, problem: Problem, config: Config, compiler: Compiler, driver: Driver | None = None
     ) -> None:
+        super().__init__()
         self.backend, self.problem, self.config, self.compiler = backend, problem, config, compiler
         self._kernels: dict[Variant, Kernel] = {}
-        self._forms: dict[Hashable, Pinned] = {}
-        self._lock = threading.Lock()
         self._refuse_forked()
         try:
             self._driver = gpu() if driver is None else driver
@@ -63,24 +92,7 @@ class Launcher:
         for variant in compiler.expected():
             self._kernel(variant, self._driver.device())
 
-    def __call__(self, call: Call) -> torch.Tensor:
-        """Launch on torch's current stream of the tensors' device. Allocates only an output that is not given."""
-        out = call.out
-        if out is None:
-            out = torch.empty(call.v.shape, dtype=call.q.dtype, device=call.q.device)
-            call = call.replace(out=out)
-        key = _kind(call)
-        run = self._forms.get(key)
-        if run is None:
-            run = self.pin(call)
-            with self._lock:
-                if len(self._forms) >= MOST_PINNED:
-                    del self._forms[next(iter(self._forms))]
-                self._forms[key] = run
-        run(tuple([getattr(call, name) for name in TENSORS]))
-        return out
-
-    def pin(self, call: Call) -> Pinned:
+    def pin(self, call: Call) -> Callable[..., None]:
         """The form for calls like ``call``. Compiles and loads what ``call`` itself needs; keeps no tensor of it."""
         layout = self.compiler.layout(call)
         if 0 in layout.grid:
@@ -149,7 +161,7 @@ def _load(driver: Driver, image: Image) -> Kernel:
     return Kernel(driver, image)
 
 
-def _nothing(_tensors: tuple[Any, ...]) -> None:
+def _nothing(_tensors: tuple[Any, ...], _workspace: int = 0) -> None:
     """The form of calls without sequences or without tokens."""
 
 

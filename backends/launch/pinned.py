@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ...registry.backend import Pinned
 from . import forks
 from .compiler import Layout
 from .driver import NO_CONTEXT, Driver, Kernel, pointer
@@ -33,8 +32,10 @@ def pinned(
     kernel: Callable[[bool], Kernel],
     failed: Callable[[str], Exception],
     op: str,
-) -> Pinned:
+) -> Callable[..., None]:
     """The runner of calls of one layout, all their tensors on one device.
+
+    It also takes the address of memory that several kernels share (``chain.py``), in place of its own scratch memory.
 
     Args:
         layout: its grid has no 0.
@@ -58,7 +59,7 @@ def pinned(
         forms[aligned] = form
         return form
 
-    def run(tensors: tuple[Any, ...]) -> None:
+    def run(tensors: tuple[Any, ...], workspace: int = 0) -> None:
         if process.forked:
             raise forks.error(op)
         addresses = [*map(_address, chosen(tensors))]
@@ -75,6 +76,8 @@ def pinned(
             # Freed when this returns, for what this stream does next: after the kernel.
             memory = torch.empty(scratch, dtype=torch.uint8, device=device)
             words[scratch_at] = memory.data_ptr()
+        elif workspace:
+            words[scratch_at] = workspace
         words[stream_at] = stream(device)
         if device == current():
             code = launch(config_at, handle, None, extra_at)

@@ -13,9 +13,9 @@ import torch
 from ...registry.conformance.check import Violation
 from ...registry.decision import RejectCode
 from .build import runtime
-from .raw_kernel import WatchError, use_watched_builds
+from .raw_kernel import WatchError, use_watched_builds, watching
 
-__all__ = ["SCHEDULES", "CudaOnCpu"]
+__all__ = ["SCHEDULES", "CudaOnCpu", "watch_also"]
 
 #: Schedules by name: what the runtime calls them, and a seed. "in turn" gives every warp one stretch after another;
 #: the two "ahead" ones let one warp run as far as it can, which is what shows a missing barrier.
@@ -29,6 +29,22 @@ SCHEDULES: dict[str, tuple[int, int]] = {
 }
 #: Tensors a call may write.
 _WRITABLE = frozenset({"pool", "intermediates", "out"})
+
+
+@contextmanager
+def watch_also(name: str, tensor: torch.Tensor) -> Iterator[None]:
+    """Launches in here may read and write one more tensor, a kernel's own; nothing where nothing is watched."""
+    if not watching():
+        yield
+        return
+    library = runtime()
+    span = _Span.over({name: tensor})
+    span.allowed[:] = 2
+    library.cuda_on_cpu_watch_region(name.encode(), span.begin, len(span.allowed), span.allowed.ctypes.data, 1)
+    try:
+        yield
+    finally:
+        library.cuda_on_cpu_watch_forget(name.encode())
 
 
 class CudaOnCpu:

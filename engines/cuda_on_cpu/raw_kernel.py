@@ -11,7 +11,15 @@ import torch
 
 from .build import build_kernel, runtime
 
-__all__ = ["CpuRawKernel", "DivergenceError", "KernelError", "KernelFault", "WatchError", "use_watched_builds"]
+__all__ = [
+    "CpuRawKernel",
+    "DivergenceError",
+    "KernelError",
+    "KernelFault",
+    "WatchError",
+    "use_watched_builds",
+    "watching",
+]
 
 
 class KernelError(RuntimeError):
@@ -49,6 +57,11 @@ class _Watched:
 def use_watched_builds(on: bool) -> None:
     """Have every kernel launched from now on run in its watched build (or no longer)."""
     _Watched.on = on
+
+
+def watching() -> bool:
+    """Whether they do."""
+    return _Watched.on
 
 
 class CpuRawKernel:

@@ -51,6 +51,7 @@ unsigned threads, running;
 jmp_buf scheduler;
 sigjmp_buf launch_frame;
 uint64_t slots[2][MOST_THREADS];
+unsigned boards[2][MOST_THREADS][BOARD];
 uint32_t block_epoch, warp_epochs[MOST_THREADS / WARP];
 int64_t block_number;
 const Kernel* kernel;
@@ -283,6 +284,13 @@ uint64_t exchange(unsigned mask, uint64_t mine, unsigned from) {
   slots[parity][me] = mine;
   meet_lanes(mask, false);
   return slots[parity][me / WARP * WARP + from];
+}
+
+const unsigned* lay_down(const unsigned* words, unsigned count) {
+  const unsigned me = running, parity = fibers[me].parity++ & 1;
+  std::copy(words, words + count, boards[parity][me]);
+  meet_lanes(~0u, false);
+  return boards[parity][me / WARP * WARP];
 }
 
 void* dynamic_shared() { return dynamic_begin; }

@@ -4,6 +4,7 @@
 // called are the ones below, not the sanitizer's library. Addresses are checked per byte against the tensors given
 // (gaps between strided elements are not part of them), races against an exact happens-before: within a block
 // __syncthreads, named barriers and __syncwarp order accesses, between blocks nothing does.
+#include <algorithm>
 #include <string>  // the system's headers first: they know attributes by names that are CUDA's here
 #include <vector>
 
@@ -155,6 +156,10 @@ EXPORT void cuda_on_cpu_watch_clear(int on) {
 EXPORT void cuda_on_cpu_watch_region(const char* name, void* begin, size_t size, const uint8_t* allowed, int writable) {
   regions.push_back({name, (char*)begin, size, allowed, {}});
   if (writable) regions.back().cells.resize(size / GRAIN + 1);
+}
+EXPORT void cuda_on_cpu_watch_forget(const char* name) {
+  const auto named = [&](const Region& region) { return region.name == name; };
+  regions.erase(std::remove_if(regions.begin(), regions.end(), named), regions.end());
 }
 EXPORT void cuda_on_cpu_watch_launch() {  // launches follow one another: the earlier one's accesses are ordered
   for (Region& region : regions) std::fill(region.cells.begin(), region.cells.end(), Cell{});

@@ -11,6 +11,7 @@ from ...errors import ArgumentTypeError, ArgumentValueError
 from .classes import LengthClass
 from .offsets import check_offsets, check_offsets_tensor, longest_of, offsets_of_lengths
 from .profile import VarlenProfile
+from .runs import Run, Span, spans_of
 from .transfer import to_device
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class SequenceLayout:
     profile: VarlenProfile
     identity: object
     _on_device: dict[tuple[str, int], tuple[torch.Tensor, ...]]
+    _spans: dict[int, tuple[Span, ...]]
+    _runs: dict[int, tuple[Run, ...]]
 
     def __init__(self, offsets: tuple[int, ...], cu_seqlens: torch.Tensor) -> None:
         check_offsets(offsets)
@@ -56,6 +59,8 @@ class SequenceLayout:
             "profile": VarlenProfile.of(n, tokens, longest),
             "identity": object(),
             "_on_device": {},
+            "_spans": {},
+            "_runs": {},
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -196,6 +201,33 @@ class SequenceLayout:
         short, long = kept
         return short, long
 
+    def spans(self, threshold: int) -> tuple[Span, ...]:
+        """The batch cut where sequences of length <= ``threshold`` and > ``threshold`` meet; see ``spans_of``."""
+        kept = self._spans.get(threshold)
+        return self._spans.setdefault(threshold, spans_of(self.offsets, threshold)) if kept is None else kept
+
+    def runs(self, threshold: int) -> tuple[Run, ...]:
+        """:meth:`spans`, each with a layout of its own, made once per threshold.
+
+        Its offsets are a view of ``cu_seqlens``, or one subtraction queued on the current stream: nothing is copied
+        from the host. Inside a capture that subtraction becomes part of the graph and is kept for nobody else.
+        """
+        kept = self._runs.get(threshold)
+        if kept is not None:
+            return kept
+        spans = self.spans(threshold)
+        if len(spans) == 1:
+            return (Run(spans[0], self),)  # not kept: a layout that holds itself would outlive its last user
+        made = tuple(Run(span, self._part(span)) for span in spans)
+        if self.cu_seqlens.is_cuda and _capturing():
+            return made
+        return self._runs.setdefault(threshold, made)
+
+    def _part(self, span: Span) -> SequenceLayout:
+        offsets = tuple(x - span.start for x in self.offsets[span.first : span.last + 1])
+        cu = self.cu_seqlens[span.first : span.last + 1]
+        return SequenceLayout(offsets, cu - span.start if span.start else cu)
+
     def _keep(self, name: tuple[str, int], rows: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, ...]:
         cu = self.cu_seqlens
         # Two threads may both make them; one is kept.
@@ -203,6 +235,12 @@ class SequenceLayout:
 
     def __repr__(self) -> str:
         return f"SequenceLayout({self.profile.label}, n={self.n}, tokens={self.tokens}, longest={self.longest})"
+
+
+def _capturing() -> bool:
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _on_host(values: Sequence[int] | torch.Tensor, argument: str) -> Sequence[int] | torch.Tensor:

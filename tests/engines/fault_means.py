@@ -29,6 +29,7 @@ CASES = {
     "strided": BASE.but(strides="any"),
     "far": BASE.but(lengths=(3, 0, 0), padded=(1, 2)),
     "separate slots": BASE.but(update="separate"),
+    "chunks": BASE.but(lengths=(3, 70, 0, 130), k=24, padded=(3,)),
 }
 
 
@@ -88,8 +89,10 @@ def beyond(subject, spec):
 
 def found(backend, engine, means, case):
     spec = CASES[case]
-    truth = reference(Trial.of(spec).call)
-    for subject in subjects(backend, engine, spec):
+    tried = subjects(backend, engine, spec)
+    call = Trial.of(spec).call
+    truth = reference(call, chunk=tried[0].chunk(call))
+    for subject in tried:
         try:
             if shown_by(means, subject, spec, truth):
                 return True

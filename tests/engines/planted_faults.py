@@ -1,4 +1,4 @@
-"""Faults planted in the source of the Triton and Numba CUDA kernels, and what has to find each.
+"""Faults planted in the source of the Triton, Numba CUDA and chunked CUDA C++ kernels, and what has to find each.
 
 Read by ``test_faults`` and by ``fault_cases``, which runs them. A fault is a text of one of the backend's files, what
 is written in its place, what finds it, and the case that shows it:
@@ -163,4 +163,153 @@ NUMBA_CUDA: dict[str, tuple[str, str, str, str, str]] = {
     "a head's gates for its neighbour": ("kernel.py", " + head * strides[B_HEAD]", "", "values", "base"),
 }
 
-FAULTS = {"triton": TRITON, "numba_cuda": NUMBA_CUDA}
+CUPY_CHUNKED: dict[str, tuple[str, str, str, str, str]] = {
+    "a chunk used before it is there for all": (
+        "kernels/scan.cu",
+        "__syncthreads();  // this chunk is here, for all; the one before it has been used, by all",
+        "",
+        "watch",
+        "chunks",
+    ),
+    "no barrier before the inverse's blocks meet": (
+        "kernels/inverse.cuh",
+        "invert_diagonal(matrix + warp * 16 * (P + 1), lane);\n  __syncthreads();",
+        "invert_diagonal(matrix + warp * 16 * (P + 1), lane);",
+        "watch",
+        "chunks",
+    ),
+    "lanes that overwrite what others still read": (
+        "kernels/inverse.cuh",
+        "  __syncwarp();\n  if (lane < 16)",
+        "  if (lane < 16)",
+        "watch",
+        "chunks",
+    ),
+    "the next head's gates too early": (
+        "kernels/prepare.cu",
+        "    __syncthreads();  // before the next head's gates and matrix\n",
+        "",
+        "watch",
+        "chunks",
+    ),
+    "half of a chunk's gates not carried over": (
+        "kernels/prepare.cu",
+        "if (t >= 32) add(high, low, small.carry[0], small.carry[1]);",
+        "",
+        "values",
+        "chunks",
+    ),
+    "a chunk's decays in one float": (
+        "kernels/prepare.cu",
+        "low += other_low + ((high - (sum - back)) + (other_high - back));",
+        "low += other_low + ((high - (sum - back)) + (other_high - back)) * 0.0f + high * 1e-6f;",
+        "values",
+        "chunks",
+    ),
+    "the solve with the wrong sign": (
+        "kernels/inverse.cuh",
+        "fmaf(-block[i * INVERSE_PITCH + m]",
+        "fmaf(block[i * INVERSE_PITCH + m]",
+        "values",
+        "base",
+    ),
+    "a token that does not see itself": (
+        "kernels/prepare.cu",
+        "attend[c] = s <= t ?",
+        "attend[c] = s < t ?",
+        "values",
+        "base",
+    ),
+    "tokens kept with keys not normalised": (
+        "kernels/prepare.cu",
+        "record.keep_scale[t] = left * small.key_norm[t];",
+        "record.keep_scale[t] = left;",
+        "values",
+        "base",
+    ),
+    "beta of another token": ("kernels/prepare.cu", "x.y * small.beta[s + 1]", "x.y * small.beta[s]", "values", "base"),
+    "one channel for another": (
+        "kernels/chunks.cuh",
+        "split(words[j], values.get(2 * j),",
+        "split(words[j], values.get(2 * j + 1),",
+        "values",
+        "base",
+    ),
+    "products of small pieces left out": (
+        "kernels/tensor_core.cuh",
+        "if (p + r < 3)",
+        "if (p + r < 1)",
+        "values",
+        "chunks",
+    ),
+    "operands rounded to bfloat16": (
+        "backend.py",
+        "pieces: ClassVar[int] = 3",
+        "pieces: ClassVar[int] = 1",
+        "values",
+        "base",
+    ),
+    "a state that does not decay": ("kernels/scan.cu", "state[i][c] *= total;", ";", "values", "chunks"),
+    "outputs of the state not decayed": (
+        "kernels/scan.cu",
+        "z[2 * half] *= queries.x,",
+        "z[2 * half] *= 1.0f,",
+        "values",
+        "chunks",
+    ),
+    "slots that meet": ("kernels/chunks.cuh", "slot = first / CHUNK + n;", "slot = first / CHUNK;", "values", "base"),
+    "the last chunk left out": (
+        "kernels/scan.cu",
+        "token < sequence.length; token += CHUNK",
+        "token + CHUNK < sequence.length; token += CHUNK",
+        "values",
+        "chunks",
+    ),
+    "negative slots written": ("kernels/scan.cu", "if (target >= 0)", "if (target >= -1)", "watch", "base"),
+    "negative slots read": ("kernels/scan.cu", "if (source >= 0)", "if (source >= -1)", "watch", "base"),
+    "an empty sequence computed": (
+        "kernels/scan.cu",
+        "if (sequence.length <= 0) return;",
+        "if (sequence.length < 0) return;",
+        "values",
+        "separate slots",
+    ),
+    "columns beyond V": ("kernels/scan.cu", "v < Shape::V ? Shape::K - k : 0);", "Shape::K - k);", "watch", "base"),
+    "key channels beyond K": (
+        "kernels/chunks.cuh",
+        "there ? wanted - column : 0);",
+        "there ? 8 : 0);",
+        "watch",
+        "base",
+    ),
+    "tokens beyond the end": (
+        "kernels/chunks.cuh",
+        "const bool there = row < live &&",
+        "const bool there = row <= live &&",
+        "watch",
+        "base",
+    ),
+    "outputs beyond the end": (
+        "kernels/scan.cu",
+        "if (token >= live) continue;",
+        "if (token > live) continue;",
+        "watch",
+        "base",
+    ),
+    "slot offsets in 32 bits": (
+        "kernels/scan.cu",
+        "source * p.pool.slot",
+        "(int)source * 1000000 * (int)p.pool.slot",
+        "error",
+        "base",
+    ),
+    "two blocks on one head": (
+        "kernels/scan.cu",
+        "const int hv = blockIdx.x / Shape::TILES,",
+        "const int hv = 0,",
+        "watch",
+        "base",
+    ),
+}
+
+FAULTS = {"triton": TRITON, "numba_cuda": NUMBA_CUDA, "cupy_chunked": CUPY_CHUNKED}

@@ -23,13 +23,16 @@ __device__ __forceinline__ float log1p_of_exp(float y) {
 // softplus(z) is max(z, 0) + log1p(exp(-|z|)): nothing overflows whatever the threshold. For very negative z it is
 // exp(z) to half an ulp, and its product with exp(A_log) is formed in the exponent, where a huge rate and a vanishing
 // softplus cannot give 0 * inf. All of it is selections: a branch would end the loads that can be waited for apart.
-__device__ __forceinline__ float decay_of(float A_log, float x, const Arguments& p) {
-  if constexpr (Shape::BOUNDED) return expf(p.lower_bound * sigmoid(rate_of(A_log) * x));
+__device__ __forceinline__ float log_decay_of(float A_log, float x, const Arguments& p) {
+  if constexpr (Shape::BOUNDED) return p.lower_bound * sigmoid(rate_of(A_log) * x);
   const float z = p.softplus_beta * x;
   const bool vanishing = z < -17.0f;
   const float curved = fmaxf(z, 0.0f) + log1p_of_exp(-fabsf(z)), softplus = z > p.softplus_threshold ? z : curved;
   const float rate = rate_of(vanishing ? A_log + z : A_log);
-  return expf(-rate * (vanishing ? p.softplus_unit : softplus * p.softplus_unit));
+  return -rate * (vanishing ? p.softplus_unit : softplus * p.softplus_unit);
+}
+__device__ __forceinline__ float decay_of(float A_log, float x, const Arguments& p) {
+  return expf(log_decay_of(A_log, x, p));
 }
 
 struct Scalars {  // of one token, ready for u = gain * (v - keep * S^T k), S = decay * S + k u^T, o = scale * S^T q

@@ -4,9 +4,10 @@
 // one does. Blocks run one after another. See runtime.cpp for who runs when, watch.cpp for what they may touch.
 //
 // Supported: 1-D to 3-D grids, static and dynamic shared memory, __syncthreads, named barriers of a whole block,
-// __syncwarp, the four shuffles, votes, atomicAdd, the common intrinsics, vector types. Not supported: inline PTX,
-// tensor cores, asynchronous copies, barriers of a part of a block, clusters, textures, and anything in which blocks
-// wait for each other. A kernel asks for CUDA_ON_CPU where it needs another spelling.
+// __syncwarp, the four shuffles, votes, atomicAdd, the common intrinsics, vector types, products of bfloat16 matrices
+// (16 x 8 x 16) and the loads that go with them. Not supported: inline PTX, asynchronous copies (one that is waited for too
+// late is not noticed), barriers of a part of a block, clusters, textures, and anything in which blocks wait for each
+// other. A kernel asks for CUDA_ON_CPU where it needs another spelling.
 #pragma once
 
 #include <cmath>
@@ -62,6 +63,10 @@ void warp_barrier(unsigned mask);
 void* dynamic_shared();
 // Every lane of the mask hands over 8 bytes and gets those of lane `from` of its warp.
 uint64_t exchange(unsigned mask, uint64_t mine, unsigned from);
+// Every lane of the warp lays down `count` (at most 8) words. Returns all of them, lane by lane, 8 words apart: good
+// until the next warp operation.
+constexpr unsigned BOARD = 8;
+const unsigned* lay_down(const unsigned* words, unsigned count);
 
 template <class To, class From> inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -156,6 +161,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <class T> inline T atomicAdd(T* p, T x) {  // fibers do not interrupt each other
   const T before = *p;
   *p = before + x;
@@ -189,3 +196,47 @@ inline unsigned short float_to_bfloat(float x) {
   const unsigned bits = __float_as_uint(x);
   return x != x ? 0x7fff : (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
+
+// Tensor cores: see backends/cupy_chunked/kernels/tensor_core.cuh for who holds what.
+inline float bfloat_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
+inline unsigned bfloat_pair(float first, float second) {
+  return float_to_bfloat(first) | (unsigned)float_to_bfloat(second) << 16;
+}
+inline void load_matrices(unsigned (&r)[4], const void* row) {
+  const unsigned lane = cuda_on_cpu::now.lane;
+  for (unsigned m = 0; m < 4; m++) {
+    const auto at = (const unsigned short*)cuda_on_cpu::exchange(~0u, (uint64_t)row, 8 * m + lane / 4) + 2 * (lane % 4);
+    r[m] = at[0] | (unsigned)at[1] << 16;
+  }
+}
+inline void load_transposed(unsigned (&r)[4], const void* row) {
+  const unsigned lane = cuda_on_cpu::now.lane;
+  for (unsigned m = 0; m < 4; m++) {
+    const auto first = (const unsigned short*)cuda_on_cpu::exchange(~0u, (uint64_t)row, 8 * m + 2 * (lane % 4));
+    const auto second = (const unsigned short*)cuda_on_cpu::exchange(~0u, (uint64_t)row, 8 * m + 2 * (lane % 4) + 1);
+    r[m] = first[lane / 4] | (unsigned)second[lane / 4] << 16;
+  }
+}
+CUDA_ON_CPU_UNWATCHED inline unsigned transposed(unsigned pair) {
+  const unsigned lane = cuda_on_cpu::now.lane, shift = lane / 4 % 2 * 16;
+  const unsigned *const board = cuda_on_cpu::lay_down(&pair, 1), *const column = board + lane / 8 * cuda_on_cpu::BOARD;
+  const unsigned first = column[2 * (lane % 4) * 4 * cuda_on_cpu::BOARD] >> shift & 0xffffu;
+  return first | (column[(2 * (lane % 4) + 1) * 4 * cuda_on_cpu::BOARD] >> shift & 0xffffu) << 16;
+}
+CUDA_ON_CPU_UNWATCHED inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1}, lane = cuda_on_cpu::now.lane;
+  const unsigned* const board = cuda_on_cpu::lay_down(mine, 6);
+  for (unsigned e = 0; e < 4; e++) {
+    const unsigned row = e / 2, column = 2 * (lane % 4) + e % 2;
+    float sum = 0;
+    for (unsigned k = 0; k < 16; k++) {
+      const unsigned part = k / 8, holder = k % 8 / 2, shift = k % 2 * 16;
+      const unsigned left = board[(lane / 4 * 4 + holder) * cuda_on_cpu::BOARD + row + 2 * part];
+      const unsigned right = board[(column * 4 + holder) * cuda_on_cpu::BOARD + 4 + part];
+      sum += bfloat_to_float(left >> shift & 0xffffu) * bfloat_to_float(right >> shift & 0xffffu);
+    }
+    c[e] += sum;
+  }
+}
+inline void group_copies() {}
+template <int LEFT> inline void wait_for_group() {}

@@ -32,7 +32,7 @@ _LONG = BASE.but(name="chunks", lengths=(70, 3), padded=(), h=1, hv=2)
 @check("X1", "the named backend runs, in every config, and can hand its state to any other")
 def registry_checks(subject: Subject) -> Iterator[Examination]:
     yield "launch counter", partial(_launched, subject)
-    if subject.backend.provenance not in ("torch", "external"):
+    if subject.backend.provenance not in ("torch", "external", "composite"):
         yield "no torch fallback inside", partial(_no_fallback, subject)
     yield from operator_checks(subject)
     if subject.config is None:

@@ -1,0 +1,114 @@
+"""``composite``: short and long sequences of one batch, each on the backend that suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ...registry.backend import Backend, Config, Runner, fingerprint_files
+from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from ...registry.varlen.classes import LengthClass
+from .part import Part, is_chunked
+from .profiles import long_part, short_part
+from .space import configs, sides_of
+from .streams import SideStreams
+
+__all__ = ["Composite"]
+
+_OWN_PACKAGE = __name__.partition(".")[0]
+_EQUAL = (LengthClass.DECODE, LengthClass.UNIFORM)
+
+
+class Composite(Backend):
+    """Any batch of unequal lengths that the host knows; its parts run on isokern's other backends.
+
+    Config ``threshold``: tokens up to which a sequence is short; ``short`` and ``long``: the backend of each part, as
+    ``name`` or ``name[config]``; ``streams``: 2 runs the long part beside the short one on a GPU; ``chunk``: tokens of
+    the longest chunk among the parts, for the error bound (0: none is chunked).
+
+    A part's results are those of its backend, so the bound is that of chunked forms as soon as one of them is chunked.
+
+    Args:
+        parts: the backends to choose from, by name; None: those that come with isokern, which every process finds, so
+            that a stored choice means the same everywhere. Other composites are left out.
+    """
+
+    op: ClassVar[str] = "fused_sigmoid_gating"
+    name: ClassVar[str] = "composite"
+    provenance: ClassVar[str] = "composite"
+    requires: ClassVar[tuple[str, ...]] = ("torch",)
+    tags: ClassVar[frozenset[str]] = frozenset({"repeatable"})
+    priority: ClassVar[int] = 5
+    accuracy: ClassVar[str] = "chunked"
+
+    def __init__(self, parts: Callable[[], Mapping[str, Backend]] | None = None) -> None:
+        self._given = parts
+        self._streams = SideStreams()
+
+    def parts(self) -> Mapping[str, Backend]:
+        """The backends that may run a part, by name."""
+        if self._given is not None:
+            found = self._given()
+        else:
+            from ... import registry  # not before it is needed: the registry is what loads this module
+
+            known = registry.backends(self.op)
+            found = {n: b for n, b in known.items() if type(b).__module__.partition(".")[0] == _OWN_PACKAGE}
+        return {name: b for name, b in found.items() if not isinstance(b, Composite)}
+
+    def rank(self, problem: Problem) -> int:
+        """Before every other backend where each part has its own first choice, the long one's a chunked backend.
+
+        On a GPU only, for batches whose longest sequence decides the time: there a kernel that walks over the tokens
+        takes many times as long as a chunked one. On a CPU ``numba_cpu`` is the first choice for both parts.
+        """
+        if problem.device != "cuda" or problem.profile.length_class is not LengthClass.HEAVY:
+            return self.priority
+        if not self.check(problem):
+            return self.priority
+        sides = sides_of(self.parts(), problem)
+        short, long = sides.for_short[0], sides.for_long[0]
+        if short is long or not is_chunked(long):
+            return self.priority
+        return 1 + max(b.rank(problem) for b in self.parts().values())
+
+    def check(self, problem: Problem) -> Verdict:
+        if problem.grad:
+            return Rejected(RejectCode.GRAD, "not differentiable: its parts write into one output")
+        if not problem.varlen:
+            return Rejected(RejectCode.FEATURE, "sequences of equal length: nothing to split")
+        if not problem.lengths_on_host:
+            return Rejected(RejectCode.FEATURE, "needs the lengths on the host: pass cu_seqlens as a SequenceLayout")
+        if problem.profile.length_class in _EQUAL:
+            return Rejected(RejectCode.SHAPE, f"lengths of class {problem.profile.length_class}: nothing to split")
+        sides = sides_of(self.parts(), problem)
+        for which, able in (("short", sides.for_short), ("long", sides.for_long)):
+            if not able:
+                return Rejected(RejectCode.FEATURE, f"no other backend runs its {which} sequences")
+        return Accepted()
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        return configs(sides_of(self.parts(), problem), problem)
+
+    def bind(self, problem: Problem, config: Config) -> Runner:
+        from .runner import CompositeRunner
+
+        return CompositeRunner(problem, config, self.parts(), self.op, self._streams)
+
+    def compile(self, problem: Problem, config: Config) -> None:
+        from .runner import chosen
+
+        for side, expected in (("short", short_part(problem)), ("long", long_part(problem))):
+            part = Part.parse(str(config[side]))
+            backend, setting = chosen(self.parts(), self.op, part, expected, int(config["chunk"]))
+            backend.compile(expected, setting)
+
+    def sources(self) -> Sequence[Path]:
+        varlen = Path(__file__).parents[2] / "registry" / "varlen"
+        return (*sorted(Path(__file__).parent.glob("*.py")), varlen / "layout.py", varlen / "runs.py")
+
+    def fingerprint(self) -> str:
+        """Changes with every backend that may run a part, too."""
+        return fingerprint_files(self.sources(), {name: b.fingerprint() for name, b in self.parts().items()})

@@ -1,0 +1,74 @@
+"""Part: which backend runs one side of a batch, and with which config, written as one word of a composite's config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from ...registry.backend import Backend, Config
+from ...registry.decision import Accepted
+from ...registry.plugins import checked
+
+__all__ = ["Part", "capable", "chunk_of", "config_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``backend[label]``: a backend's name and the label of one of its configs.
+
+    An empty label stands for the backend's own default, which may differ from batch to batch.
+    """
+
+    backend: str
+    label: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend}[{self.label}]" if self.label else self.backend
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of ``str``."""
+        backend, _, rest = text.partition("[")
+        return cls(backend, rest.removesuffix("]"))
+
+    @classmethod
+    def of(cls, backend: Backend, config: Config) -> Self:
+        """``backend`` as it runs ``config``. Of a chunked one the config is named: its chunk is part of a promise."""
+        return cls(backend.name, config.label if is_chunked(backend) else "")
+
+
+def is_chunked(backend: Backend) -> bool:
+    """Whether it is held to the error bound of chunked forms."""
+    return backend.accuracy == "chunked"
+
+
+def chunk_of(backend: Backend, config: Config) -> int:
+    """Tokens per chunk of the error bound that ``backend`` is held to; 0 where it works token by token."""
+    return int(config["chunk"]) if is_chunked(backend) else 0
+
+
+def capable(backends: Iterable[Backend], problem: Any) -> list[Backend]:
+    """Those that accept ``problem``, in heuristic order.
+
+    Only repeatable ones, because the whole promises to be.
+    """
+    able = (b for b in backends if "repeatable" in b.tags and isinstance(checked(b, problem), Accepted))
+    return sorted(able, key=lambda b: (-b.rank(problem), b.name))
+
+
+def config_for(backend: Backend, label: str, problem: Any, most_chunk: int) -> Config | None:
+    """The config of ``backend`` for ``problem``: the one called ``label``, else the first that suits.
+
+    Args:
+        label: may name a config that is not offered for this problem: for a shorter batch, say.
+        most_chunk: a chunked backend runs chunks of at most so many tokens, so that the bound holds.
+
+    Returns:
+        None where no config suits: every chunk is longer.
+    """
+    suiting = [config for config in backend.configs(problem) if chunk_of(backend, config) <= most_chunk]
+    for config in suiting:
+        if config.label == label:
+            return config
+    return suiting[0] if suiting else None

@@ -1,0 +1,100 @@
+"""The settings worth trying: a backend for the short sequences, one for the long ones, and where the line is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from ...registry.backend import Backend, Config
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .part import Part, capable, chunk_of, is_chunked
+from .profiles import long_part, short_part, thresholds
+
+__all__ = ["MOST_CONFIGS", "Sides", "configs", "sides_of"]
+
+MOST_CONFIGS = 10
+#: Further configs of the chunked backend, and backends of each kind, that are tried.
+_FEW = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Who may run the parts of a batch, each in heuristic order.
+
+    Attributes:
+        short, long: the parts as problems. for_short, for_long: the backends that accept them.
+    """
+
+    short: Problem
+    long: Problem
+    for_short: tuple[Backend, ...]
+    for_long: tuple[Backend, ...]
+
+    @property
+    def chunked(self) -> tuple[Backend, ...]:
+        """Those of the long part that work in chunks."""
+        return tuple(b for b in self.for_long if is_chunked(b))
+
+    @property
+    def walking(self) -> tuple[Backend, ...]:
+        """Those of the long part that work token by token."""
+        return tuple(b for b in self.for_long if not is_chunked(b))
+
+    @property
+    def pair(self) -> tuple[Backend, Backend]:
+        """The default: the first of each part, but for the long one a chunked backend wherever there is one.
+
+        Two kinds of kernel are what splitting is for; one kind alone has hardly a reason to be called twice.
+        """
+        return self.for_short[0], (self.chunked or self.for_long)[0]
+
+
+def sides_of(backends: Mapping[str, Backend], problem: Problem) -> Sides:
+    """The parts of a batch of ``problem``'s profile."""
+    return _sides(tuple(backends.values()), problem)
+
+
+@lru_cache(maxsize=64)  # asked several times for each new problem, and looking for what is not installed takes a while
+def _sides(backends: tuple[Backend, ...], problem: Problem) -> Sides:
+    short, long = short_part(problem), long_part(problem)
+    return Sides(short, long, tuple(capable(backends, short)), tuple(capable(backends, long)))
+
+
+def configs(sides: Sides, problem: Problem) -> Sequence[Config]:
+    """At most :data:`MOST_CONFIGS`, the default first."""
+    return tuple(islice(dict.fromkeys(_tried(sides, problem)), MOST_CONFIGS))
+
+
+def _tried(sides: Sides, problem: Problem) -> Iterator[Config]:
+    first, second = sides.pair
+    lines = thresholds(problem)
+    # Beside one another there is more to gain the less a part fills the GPU: the rest is tried that way.
+    most = 2 if problem.device == "cuda" else 1
+    for streams in range(1, most + 1):
+        yield _config(sides, first, second, lines[0], streams)
+    for line in lines[1:]:
+        yield _config(sides, first, second, line, most)
+    for config in second.configs(sides.long)[1 : 1 + _FEW] if is_chunked(second) else ():
+        yield _config(sides, first, second, lines[0], most, config)
+    for short, long in (
+        *((first, long) for long in sides.walking[:1]),
+        *((short, second) for short in sides.for_short[1:_FEW]),
+        *((first, long) for long in sides.chunked[1:_FEW]),
+    ):
+        yield _config(sides, short, long, lines[0], most)
+
+
+def _config(
+    sides: Sides, short: Backend, long: Backend, threshold: int, streams: int, of_long: Config | None = None
+) -> Config:
+    for_short = short.configs(sides.short)[0]
+    for_long = long.configs(sides.long)[0] if of_long is None else of_long
+    return Config.of(
+        chunk=max(chunk_of(short, for_short), chunk_of(long, for_long)),
+        long=str(Part.of(long, for_long)),
+        short=str(Part.of(short, for_short)),
+        streams=streams,
+        threshold=threshold,
+    )

@@ -1,0 +1,98 @@
+"""``cupy_chunked``: the chunkwise form on tensor cores, in CUDA C++ compiled by NVRTC through CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ...registry.backend import Backend, Config, Runner
+from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .. import launch
+from ..cupy.backend import Cupy
+from ..launch import ahead
+from .configs import configs, shared_limit
+
+__all__ = ["CupyChunked"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_LARGEST_HEAD = 256
+#: Tokens of the longest sequence from which the recurrent form is taken to be slower.
+_PAYS_FROM = 256
+
+
+class CupyChunked(Backend):
+    """Chunks of 64 tokens: what does not need the state in one launch, in parallel; the state's way in another.
+
+    Every operand of a product that bfloat16 cannot hold is split into three such numbers that add up to it (float16
+    into two): the tensor cores give what float32 arithmetic would. Reads no lengths on the host and compiles nothing
+    per length. All configs give the same bits.
+    """
+
+    op: ClassVar[str] = "fused_sigmoid_gating"
+    name: ClassVar[str] = "cupy_chunked"
+    provenance: ClassVar[str] = "cupy"
+    requires: ClassVar[tuple[str, ...]] = ("cupy",)
+    tags: ClassVar[frozenset[str]] = frozenset({"repeatable", "batch_invariant", "capture_safe"})
+    priority: ClassVar[int] = 85
+    accuracy: ClassVar[str] = "chunked"
+    #: bfloat16 that stand for one float32.
+    pieces: ClassVar[int] = 3
+
+    def rank(self, problem: Problem) -> int:
+        """Above the recurrent backends where some sequence is known to be long, below them elsewhere."""
+        longest = problem.profile.longest
+        return self.priority if longest is not None and longest >= _PAYS_FROM else 40
+
+    def check(self, problem: Problem) -> Verdict:
+        if problem.device != "cuda":
+            return Rejected(RejectCode.DEVICE, f"runs on NVIDIA GPUs, the tensors are on {problem.device}")
+        if problem.arch < 80:
+            return Rejected(
+                RejectCode.ARCH, f"needs compute capability 8.0 (bfloat16 products), this is {problem.arch}"
+            )
+        for what, dtype in (("q, k, v", problem.io_dtype), ("states", problem.state_dtype or "float32")):
+            if dtype not in _DTYPES:
+                return Rejected(RejectCode.DTYPE, f"computes in float32: {what} in {dtype} would lose precision")
+        if problem.grad:
+            return Rejected(RejectCode.GRAD, "not differentiable")
+        if problem.is_kda:
+            return Rejected(
+                RejectCode.FEATURE, "decays differ by key channel (KDA): a chunk's products are formed with one"
+            )
+        if problem.intermediates != "none":
+            return Rejected(RejectCode.FEATURE, "a chunk does not form the states after each of its tokens")
+        if max(problem.k, problem.v) > _LARGEST_HEAD:
+            return Rejected(RejectCode.SHAPE, f"K and V up to {_LARGEST_HEAD}, given {problem.k} and {problem.v}")
+        if not configs(problem, self.pieces):
+            most = shared_limit(problem.arch) >> 10
+            what = f"a chunk of K={problem.k} in {problem.io_dtype}"
+            return Rejected(RejectCode.SHAPE, f"{what} does not fit the {most} KiB of shared memory")
+        return Accepted()
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        return configs(problem, self.pieces)
+
+    def bind(self, problem: Problem, config: Config) -> Runner:
+        from .launcher import launcher
+
+        return launcher(self.name, problem, config, self.pieces)
+
+    def compile(self, problem: Problem, config: Config) -> None:
+        from .launcher import compilers
+
+        for compiler in compilers(problem, config, self.pieces):
+            ahead.compile_expected(self.name, problem, config, compiler)
+
+    def sources(self) -> Sequence[Path]:
+        here, shared = Path(__file__).parent, Path(__file__).parents[1] / "cupy"
+        names = ("arguments.py", "backend.py", "compiling.py", "launcher.py", "specialization.py")
+        kernels = (
+            *sorted((here / "kernels").iterdir()),
+            *(shared / "kernels" / name for name in ("numbers.cuh", "gates.cuh")),
+        )
+        return (*(here / name for name in names), *kernels, shared / "compiling.py", *launch.sources())
+
+    def toolchain(self) -> Mapping[str, str]:
+        return Cupy().toolchain()

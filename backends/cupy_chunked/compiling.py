@@ -1,0 +1,78 @@
+"""Compiling the two kernels with NVRTC; how a call lies in their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
+from ..cupy.compiling import FOLDER as SHARED
+from ..cupy.compiling import NVRTC_OPTIONS, assembled, cubin, nvrtc_version
+from ..launch.compiler import Layout, Variant
+from ..launch.cubins import cached, discard, file_of
+from ..launch.image import Image
+from .arguments import RECORDS_AT, VECTORS, aligned, slots, template
+from .specialization import Specialization
+
+__all__ = ["FOLDER", "KERNELS", "PREPARE_THREADS", "ChunkedCompiler", "grid", "source", "sources"]
+
+FOLDER = Path(__file__).parent / "kernels"
+#: In the order they run in.
+KERNELS = ("prepare", "scan")
+PREPARE_THREADS = 128
+#: Blocks along the grid's y axis; beyond, they go on along z.
+_GRID_Y = 65535
+
+
+def sources() -> Sequence[Path]:
+    """The kernels' files, those shared with ``cupy`` included."""
+    return (*sorted(FOLDER.iterdir()), SHARED / "numbers.cuh", SHARED / "gates.cuh")
+
+
+@cache
+def source(kernel: str) -> str:
+    """A kernel with the files it includes in their places."""
+    return assembled(FOLDER / f"{kernel}.cu", FOLDER, SHARED)
+
+
+def grid(kernel: str, specialization: Specialization, call: Call) -> tuple[int, int, int]:
+    """Blocks: of the first kernel per query/key head and chunk, of the second per tile, value head and sequence."""
+    x, rest = (call.h, slots(call)) if kernel == "prepare" else (specialization.tiles * call.hv, call.n)
+    return x, min(rest, _GRID_Y), -(-rest // _GRID_Y)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedCompiler:
+    """One of the kernels, one specialisation, one architecture (``arch / 10``)."""
+
+    kernel: str
+    specialization: Specialization
+    arch: int
+    dense: bool
+
+    def layout(self, call: Call) -> Layout:
+        block, places = template(call)
+        blocks = grid(self.kernel, self.specialization, call) if call.q.shape[1] else (0, 0, 0)
+        vectors = [TENSORS.index(name) for name in VECTORS if name == "out" or getattr(call, name) is not None]
+        return Layout(block, places, blocks, tuple(vectors), aligned(call), scratch=RECORDS_AT)
+
+    def expected(self) -> Sequence[Variant]:
+        """The kernel for packed tensors; other strides are seen when a call is."""
+        return (Variant(None, wide=True),) if self.dense else ()
+
+    def image(self, variant: Variant, fresh: bool = False) -> Image:
+        special = self.specialization
+        options = (f"--gpu-architecture=sm_{self.arch}", *NVRTC_OPTIONS, *special.options(self.kernel, variant.wide))
+        path = file_of("cupy_chunked", (source(self.kernel), str(options), nvrtc_version()))
+        if fresh:
+            discard(path)
+        threads = PREPARE_THREADS if self.kernel == "prepare" else 32 * special.warps
+        shared = special.prepare_bytes if self.kernel == "prepare" else special.scan_bytes
+        return cached(
+            path, lambda: Image(cubin(source(self.kernel), f"{self.kernel}.cu", options), self.kernel, threads, shared)
+        )
+
+    def errors(self) -> tuple[type[Exception], ...]:
+        return (RuntimeError, ImportError, OSError)  # NVRTC's own error is a RuntimeError

@@ -1,0 +1,145 @@
+"""From a problem and a config to what the kernels are compiled for: the macros of ``kernels/chunks.cuh``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...registry.backend import Config
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .arguments import CHUNK, record_bytes
+
+__all__ = ["Specialization"]
+
+_TYPES = {None: "float", "float32": "float", "bfloat16": "bfloat16", "float16": "float16", "float64": "double"}
+_INDICES = {None: "int", "int32": "int", "int64": "int64"}
+#: bfloat16 that a value is the sum of.
+_IO_PIECES = {"bfloat16": 1, "float16": 2, "float": 3}
+#: Macros that ``prepare.cu`` has no use for.
+_NOT_PREPARED: dict[str, int | str] = {
+    "VALUE_DIM": 16,
+    "CONFIG_WARPS": 1,
+    "CONFIG_STAGES": 1,
+    "STATE_TYPE": "float",
+    "SLOT_INDEX": "int",
+    "STATE_VK": 0,
+    "READS_STATE": 0,
+    "WRITES_STATE": 0,
+    "WIDE_STATES": 0,
+}
+_SMALL_BYTES = (5 * CHUNK + 2) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Specialization:
+    """Everything that is fixed when the kernels are compiled. Sizes of the batch, strides and scalars are not.
+
+    Attributes:
+        k, v: head dimensions; sharing: value heads per query/key head.
+        warps, stages: the config (see ``configs.py``); pieces: bfloat16 that stand for one float32 in products.
+        io, state: C++ types of q, k, v and out, and of the pool.
+        a, b, A_log, bias, slot, cu: of the gate inputs and of the indices.
+        vk: state layout; norm: q and k are normalised; varlen: packed by offsets.
+        read, write: which states are touched.
+    """
+
+    k: int
+    v: int
+    sharing: int
+    warps: int
+    stages: int
+    pieces: int
+    io: str
+    state: str
+    a: str
+    b: str
+    A_log: str
+    bias: str
+    slot: str
+    cu: str
+    vk: bool
+    norm: bool
+    varlen: bool
+    read: bool
+    write: bool
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config, pieces: int) -> Specialization:
+        """The kernels that ``config`` means for ``problem``. Raises ValueError for chunks of another length."""
+        if config["chunk"] != CHUNK:
+            raise ValueError(f"chunk: {CHUNK}, not {config['chunk']}")
+        return cls(
+            k=problem.k,
+            v=problem.v,
+            sharing=problem.hv // problem.h,
+            warps=int(config["warps"]),
+            stages=int(config["stages"]),
+            pieces=pieces,
+            io=_TYPES[problem.io_dtype],
+            state=_TYPES[problem.state_dtype],
+            a=_TYPES[problem.a_dtype],
+            b=_TYPES[problem.b_dtype],
+            A_log=_TYPES[problem.A_log_dtype],
+            bias=_TYPES[problem.dt_bias_dtype],
+            slot=_INDICES[problem.index_dtype],
+            cu=_INDICES[problem.cu_dtype],
+            vk=problem.state_layout == "vk",
+            norm=problem.l2norm,
+            varlen=problem.varlen,
+            read=problem.update != "none",
+            write=problem.update in ("in_place", "separate"),
+        )
+
+    @property
+    def keys(self) -> int:
+        """K, padded to whole products of tensor cores."""
+        return -(-self.k // 16) * 16
+
+    @property
+    def tiles(self) -> int:
+        """Blocks of the scan per (sequence, value head)."""
+        return -(-self.v // (16 * self.warps))
+
+    @property
+    def prepare_bytes(self) -> int:
+        """Shared memory of a block of the first kernel: two tiles, in whose place the inverse is then formed."""
+        tiles = _IO_PIECES[self.io] * 2 * CHUNK * (self.keys + 8) * 2
+        inverse = (CHUNK * (CHUNK + 4) + 32 * 36) * 4
+        return -(-_SMALL_BYTES // 16) * 16 + max(tiles, inverse)
+
+    @property
+    def scan_bytes(self) -> int:
+        """Shared memory of a block of the second: so many chunks at a time."""
+        rows = 2 * (self.keys + 8) + 16 * self.warps + 8
+        return self.stages * (record_bytes(self.pieces) + _IO_PIECES[self.io] * CHUNK * rows * 2)
+
+    def options(self, kernel: str, wide: bool) -> tuple[str, ...]:
+        """Compiler options that name what a kernel has of this specialisation, in a fixed order.
+
+        What the first kernel does not look at is the same for all: it is compiled once for every config and pool.
+        """
+        values: dict[str, int | str] = {
+            "KEY_DIM": self.k,
+            "VALUE_DIM": self.v,
+            "HEAD_GROUP": self.sharing,
+            "CONFIG_WARPS": self.warps,
+            "CONFIG_STAGES": self.stages,
+            "OPERAND_PIECES": self.pieces,
+            "IO_TYPE": self.io,
+            "STATE_TYPE": self.state,
+            "A_TYPE": self.a,
+            "B_TYPE": self.b,
+            "A_LOG_TYPE": self.A_log,
+            "BIAS_TYPE": self.bias,
+            "SLOT_INDEX": self.slot,
+            "CU_INDEX": self.cu,
+            "STATE_VK": int(self.vk),
+            "L2_NORM": int(self.norm),
+            "IS_VARLEN": int(self.varlen),
+            "READS_STATE": int(self.read),
+            "WRITES_STATE": int(self.write),
+            "WIDE_ROWS": int(wide),
+            "WIDE_STATES": int(wide and self.vk and self.read),
+        }
+        if kernel == "prepare":
+            values |= _NOT_PREPARED
+        return tuple(f"-D{name}={value}" for name, value in values.items())

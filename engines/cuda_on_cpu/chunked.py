@@ -1,0 +1,96 @@
+"""ChunkedEngineBackend: the chunked CUDA C++ backend on CPU tensors, both kernels run by the engine."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ...backends.cupy_chunked.arguments import RECORDS_AT, VECTORS, aligned, records, template
+from ...backends.cupy_chunked.backend import CupyChunked
+from ...backends.cupy_chunked.compiling import KERNELS, PREPARE_THREADS, grid, source
+from ...backends.cupy_chunked.specialization import Specialization
+from ...registry.backend import Backend, Config, Runner
+from ...registry.decision import RejectCode, Rejected, Verdict
+from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
+from .engine import CudaOnCpu, watch_also
+from .raw_kernel import CpuRawKernel
+
+__all__ = ["CupyChunkedOnCpu", "load"]
+
+
+def load() -> tuple[Backend, CudaOnCpu]:
+    """The backend inside the engine, and the engine."""
+    return CupyChunkedOnCpu(), CudaOnCpu()
+
+
+class CupyChunkedOnCpu(CupyChunked):
+    """The ``cupy_chunked`` backend's predicate, configs, argument packing, grids and kernel sources, on the CPU."""
+
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, problem: Problem) -> Verdict:
+        if problem.device != "cpu":
+            return Rejected(RejectCode.DEVICE, f"the engine runs CPU tensors, these are on {problem.device}")
+        return super().check(_on_gpu(problem))
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        return super().configs(_on_gpu(problem))
+
+    def bind(self, problem: Problem, config: Config) -> Runner:
+        return _Launches(Specialization.of(_on_gpu(problem), config, self.pieces))
+
+    def sources(self) -> Sequence[Path]:
+        return (*super().sources(), *sorted(p for p in Path(__file__).parent.rglob("*") if p.is_file()))
+
+    def toolchain(self) -> Mapping[str, str]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """The two launches of a call, with a GPU's arguments and grids. The workspace begins as NaN."""
+
+    specialization: Specialization
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        out = call.out
+        if out is None:
+            out = torch.empty(call.v.shape, dtype=call.q.dtype)
+            call = call.replace(out=out)
+        if call.n == 0 or call.q.shape[1] == 0:
+            return out
+        special = self.specialization
+        workspace = torch.full((records(call, special.pieces),), 0xFF, dtype=torch.uint8)
+        block, places = template(call)
+        filled = bytearray(block)
+        for index, at in places:
+            struct.pack_into("=q", filled, at, getattr(call, TENSORS[index]).data_ptr())
+        struct.pack_into("=q", filled, RECORDS_AT, workspace.data_ptr())
+        argument = np.frombuffer(filled, np.dtype((np.void, len(filled))))
+        wide = aligned(call) and all(t is None or t.data_ptr() % 16 == 0 for t in (getattr(call, v) for v in VECTORS))
+        with watch_also("workspace", workspace):
+            for kernel in KERNELS:
+                first = kernel == "prepare"
+                threads = PREPARE_THREADS if first else 32 * special.warps
+                shared = special.prepare_bytes if first else special.scan_bytes
+                _kernel(kernel, special, wide)(grid(kernel, special, call), (threads, 1, 1), (argument,), shared)
+        return out
+
+
+@cache
+def _kernel(name: str, specialization: Specialization, wide: bool) -> CpuRawKernel:
+    kernel = CpuRawKernel(source(name), name, specialization.options(name, wide))
+    kernel.compile()
+    return kernel
+
+
+def _on_gpu(problem: Problem) -> Problem:
+    return replace(problem, device="cuda", arch=90)

@@ -1,0 +1,682 @@
+"""The composite backend: what it declines, what it offers, where each sequence runs, and that nothing is made twice."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import deque
+
+import pytest
+import torch
+
+from isokern import registry
+from isokern.autotune.candidates import admit
+from isokern.backends.composite.backend import Composite
+from isokern.backends.composite.part import Part
+from isokern.backends.composite.runner import MOST_BOUND, MOST_RUNS
+from isokern.backends.composite.space import MOST_CONFIGS
+from isokern.backends.composite.streams import SideStreams
+from isokern.backends.torch_native.backends import TorchReference
+from isokern.errors import ForkedProcessError, NoBackendError
+from isokern.registry.backend import Backend, Config
+from isokern.registry.conformance.gate import gate
+from isokern.registry.core import Registry
+from isokern.registry.decision import Accepted, RejectCode, Rejected
+from isokern.registry.forks import Forks
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial, bits
+from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin
+from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+from isokern.registry.varlen.profile import VarlenProfile
+
+OP = "fused_sigmoid_gating"
+MIXED = CaseSpec("63x1+1x2048", (1,) * 63 + (2048,), h=16, hv=32, k=128, v=128, as_layout=True)
+SMALL = CaseSpec("small", (1, 1, 20, 0, 9, 1, 0), h=1, hv=2, k=8, v=12, as_layout=True)
+
+
+class Noting(Backend):
+    """The reference under another name; notes the calls it gets."""
+
+    op = OP
+    provenance = "torch"
+    tags = frozenset({"repeatable"})
+
+    def __init__(self, name, rank=10, chunks=(), accepts=lambda problem: True):
+        self.name, self.priority, self.chunks, self.accepts = name, rank, chunks, accepts
+        self.accuracy = "chunked" if chunks else "recurrent"
+        self.bound, self.calls, self.pinned = [], [], []
+
+    def check(self, problem):
+        return Accepted() if self.accepts(problem) else Rejected(RejectCode.FEATURE, "not this one")
+
+    def configs(self, problem):
+        return tuple(Config.of(chunk=c) for c in self.chunks) or (Config(),)
+
+    def bind(self, problem, config):
+        self.bound.append((problem, config))
+        inner = TorchReference().bind(problem, config)
+        noting = self
+
+        class Run:
+            def __call__(self, call):
+                noting.calls.append(call)
+                return inner(call)
+
+            def pin(self, call):
+                noting.pinned.append(call)
+
+        return Run()
+
+
+def made_of(*parts: Backend) -> Composite:
+    return Composite(lambda: {part.name: part for part in parts})
+
+
+def pair(**options) -> tuple[Noting, Noting, Composite]:
+    short, long = Noting("walks", 20), Noting("chunks", 10, chunks=(16, 32, 8), **options)
+    return short, long, made_of(short, long)
+
+
+def config_of(short="walks", long="chunks[chunk=16]", threshold=4, streams=1, chunk=16) -> Config:
+    return Config.of(chunk=chunk, long=long, short=short, streams=streams, threshold=threshold)
+
+
+def lengths_of(calls) -> list[tuple[int, ...]]:
+    return [call.layout.lengths for call in calls]
+
+
+# ---- what it declines
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "reason"),
+    [
+        (describe(MIXED.but(varlen=False, lengths=(4, 4)), "cpu"), RejectCode.FEATURE, "equal length"),
+        (describe(MIXED.but(as_layout=False), "cuda", 90), RejectCode.FEATURE, "SequenceLayout"),
+        (describe(MIXED.but(lengths=(1,) * 64), "cpu"), RejectCode.SHAPE, "decode: nothing to split"),
+        (describe(MIXED.but(lengths=(64, 60, 64)), "cpu"), RejectCode.SHAPE, "uniform: nothing to split"),
+        (describe(MIXED.but(lengths=(64,)), "cpu"), RejectCode.SHAPE, "nothing to split"),
+        (describe(MIXED.but(lengths=()), "cpu"), RejectCode.SHAPE, "nothing to split"),
+    ],
+)
+def test_it_declines_with_a_reason(problem, code, reason):
+    verdict = Composite().check(problem)
+    assert isinstance(verdict, Rejected)
+    assert verdict.code is code
+    assert reason in verdict.reason
+
+
+def test_it_declines_inputs_that_require_grad():
+    call = Trial.of(SMALL).call
+    call.q.requires_grad_()
+    verdict = Composite().check(call.problem())
+    assert isinstance(verdict, Rejected)
+    assert verdict.code is RejectCode.GRAD
+
+
+@pytest.mark.parametrize(("side", "longest"), [("short", 1), ("long", 2048)])
+def test_it_declines_a_batch_with_a_part_that_nobody_runs(side, longest):
+    only = Noting("only", accepts=lambda problem: problem.profile.longest != longest)
+    verdict = made_of(only).check(describe(MIXED, "cpu"))
+    assert not verdict
+    assert f"no other backend runs its {side} sequences" in verdict.reason
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_it_accepts_unequal_lengths_that_the_host_knows(device, mode):
+    assert Composite().check(describe(MIXED, device, 90, mode))
+
+
+# ---- what it offers
+
+
+def test_the_default_is_the_first_backend_of_each_part_a_chunked_one_for_the_long():
+    _, _, both = pair()
+    [first, *rest] = both.configs(describe(MIXED, "cpu"))
+    assert first == config_of(threshold=32)
+    assert len(rest) < MOST_CONFIGS
+    assert len({first, *rest}) == 1 + len(rest)
+
+
+def test_on_a_gpu_its_parts_run_one_after_another_or_beside_each_other():
+    _, _, both = pair()
+    one, two, *_ = both.configs(describe(MIXED, "cuda", 90))
+    assert (one["streams"], two["streams"]) == (1, 2)
+    assert Config.from_dict(two.to_dict() | {"streams": 1}) == one
+
+
+def test_without_a_chunked_backend_the_first_of_each_part():
+    [first, *_] = made_of(Noting("walks", 20), Noting("runs", 30)).configs(describe(MIXED, "cpu"))
+    assert (first["short"], first["long"], first["chunk"]) == ("runs", "runs", 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("lengths", [MIXED.lengths, (1,) * 48 + (256,) * 16, (9, 0, 20, 1, 5), (3, 9)])
+def test_every_config_is_a_few_scalars_that_name_registered_backends(device, lengths):
+    problem = describe(MIXED.but(lengths=lengths), device, 90)
+    offered = Composite().configs(problem)
+    assert 1 < len(offered) <= MOST_CONFIGS
+    known = registry.backends(OP)
+    for config in offered:
+        parts = [Part.parse(config[side]) for side in ("short", "long")]
+        assert {part.backend for part in parts} <= set(known) - {"composite"}
+        chunks = [int(found[1]) if (found := re.search(r"\bchunk=(\d+)", part.label)) else 0 for part in parts]
+        assert config["chunk"] == max(chunks), "the bound is that of the longest chunk"
+        assert 1 <= config["threshold"] < problem.profile.longest
+        assert config["streams"] == 1 or device == "cuda"
+        assert Config.from_dict(config.to_dict()) == config
+    assert offered == Composite().configs(problem)
+
+
+def test_parts_are_read_as_they_are_written():
+    for part in (Part("a"), Part("a", "x=1,y=2")):
+        assert Part.parse(str(part)) == part
+
+
+def test_a_backend_that_is_not_repeatable_or_a_composite_is_no_part():
+    loose = Noting("loose", 99)
+    loose.tags = frozenset()
+    other = made_of(Noting("inner"))
+    both = Composite(lambda: {"loose": loose, "composite": other, "walks": Noting("walks")})
+    assert set(both.parts()) == {"loose", "walks"}
+    assert {config["short"] for config in both.configs(describe(MIXED, "cpu"))} == {"walks"}
+
+
+def test_its_parts_are_what_every_process_finds():
+    stranger = Noting("stranger")
+    registry.register_backend(stranger)
+    try:
+        assert "stranger" not in Composite().parts()
+        assert {"numba_cpu", "torch_chunked"} <= set(Composite().parts())
+    finally:
+        registry.unregister_backend(OP, "stranger")
+
+
+def test_its_fingerprint_changes_with_a_part_s():
+    part = Noting("walks")
+    both = made_of(part)
+    before = both.fingerprint()
+    assert both.fingerprint() == before
+    part.toolchain = lambda: {"compiler": "2"}
+    assert both.fingerprint() != before
+
+
+# ---- its place in the heuristic order
+
+
+def on_gpu(chunked_rank: int) -> Composite:
+    return made_of(Noting("walks", 70), Noting("chunks", chunked_rank, chunks=(64,)))
+
+
+def rank_on(device: str, spec: CaseSpec, chunked_rank: int) -> tuple[int, int]:
+    both = on_gpu(chunked_rank)
+    long_first = both.parts()["chunks"]
+    long_first.rank = lambda problem: chunked_rank if problem.profile.longest > 64 else 0
+    problem = describe(spec, device, 90)
+    return both.rank(problem), max(b.rank(problem) for b in both.parts().values())
+
+
+def test_on_a_gpu_it_comes_first_where_each_part_has_its_own_first_choice():
+    own, best = rank_on("cuda", MIXED, 80)
+    assert own > best
+
+
+@pytest.mark.parametrize(
+    ("device", "spec", "chunked_rank"),
+    [
+        ("cpu", MIXED, 80),
+        ("cuda", MIXED, 60),  # what walks is the first choice for both parts
+        ("cuda", MIXED.but(lengths=(500, 1000, 300)), 80),  # mild
+        ("cuda", MIXED.but(lengths=(1,) * 64), 80),  # declined
+    ],
+)
+def test_elsewhere_it_comes_after_every_other_but_the_reference(device, spec, chunked_rank):
+    own, _ = rank_on(device, spec, chunked_rank)
+    assert own == Composite.priority
+    assert TorchReference.priority < own < min(b.priority for b in Composite().parts().values() if b.priority > 0)
+
+
+# ---- where each sequence runs
+
+
+def test_each_run_is_one_call_of_its_part_s_backend():
+    short, long, both = pair()
+    trial = Trial.of(SMALL)
+    both.bind(trial.call.problem(), config_of())(trial.call)
+    assert lengths_of(short.calls) == [(1, 1), (1, 0)]
+    assert lengths_of(long.calls) == [(20, 0, 9)]
+
+
+def test_a_sequence_of_the_threshold_s_length_is_short():
+    for threshold, shorts in ((9, [(1, 1), (9, 1, 0)]), (8, [(1, 1), (1, 0)])):
+        short, _, both = pair()
+        trial = Trial.of(SMALL)
+        both.bind(trial.call.problem(), config_of(threshold=threshold))(trial.call)
+        assert lengths_of(short.calls) == shorts
+
+
+def test_a_run_is_views_of_the_whole_call():
+    _, long, both = pair()
+    call = Trial.of(SMALL.but(update="separate", verify="tree", extra_rows=2)).call
+    both.bind(call.problem(), config_of())(call)
+    [part] = long.calls
+    for name, axis, first in (
+        *((name, 1, 2) for name in ("q", "k", "v", "a", "b", "out")),
+        *((name, 0, 2) for name in ("read_slots", "write_slots", "intermediate_rows", "parents")),
+    ):
+        whole, view = getattr(call, name), getattr(part, name)
+        assert view.shape[axis] == (29 if axis else 3)
+        assert view.data_ptr() == whole.select(axis, first).data_ptr(), name
+    assert part.pool is call.pool
+    assert part.intermediates is call.intermediates
+    assert (part.update, part.verify, part.max_seqlen) == ("separate", "tree", 20)
+
+
+@pytest.mark.parametrize("update", ["none", "in_place", "disabled"])
+def test_a_run_updates_as_the_whole_call_does(update):
+    spec = SMALL.but(update=update, state_dtype="float32") if update != "none" else SMALL.but(state_dtype=None)
+    short, long, both = pair()
+    call = Trial.of(spec).call
+    both.bind(call.problem(), config_of())(call)
+    assert {part.update for part in (*short.calls, *long.calls)} == {update}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SMALL,
+        SMALL.but(as_layout=False, cu_dtype="int64", index_dtype="int64"),
+        SMALL.but(lengths=(30, 1, 1, 1), extra_rows=3, padded=(0, 2)),
+        SMALL.but(lengths=(1, 8, 1, 8, 1), is_kda=True, state_layout="vk", strides="rows"),
+        SMALL.but(update="separate", fresh=(2,), strides="any"),
+        SMALL.but(verify="tree"),
+        SMALL.but(state_dtype=None),
+        SMALL.but(lengths=(0, 0, 12, 0, 1, 0)),
+    ],
+    ids=["layout", "offsets", "no slot", "kda", "separate", "tree", "no pool", "empty"],
+)
+def test_a_batch_taken_apart_equals_the_whole_bit_for_bit(spec):
+    """The reference gives a sequence the same bits in any batch, so two of them as parts must, too."""
+    whole, apart = Trial.of(spec), Trial.of(spec)
+    TorchReference().bind(whole.call.problem(), Config())(whole.call)
+    short, long, both = pair()
+    out = both.bind(apart.call.problem(), config_of())(apart.call)
+    assert out is apart.call.out
+    assert short.calls
+    assert long.calls
+    for name in ("out", "pool", "intermediates"):
+        one, other = getattr(whole.call, name), getattr(apart.call, name)
+        assert (one is None and other is None) or torch.equal(bits(one), bits(other)), name
+
+
+def test_without_an_output_one_is_made():
+    _, _, both = pair()
+    call, like = Trial.of(SMALL.but(extra_rows=1)).call, Trial.of(SMALL.but(extra_rows=1)).call
+    run = both.bind(call.problem(), config_of())
+    made = run(call.replace(out=None))
+    assert torch.equal(made[:, :-1], run(like)[:, :-1])
+    assert call.out is not made
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), ()])
+def test_nothing_runs_where_there_is_no_token(lengths):
+    short, long, both = pair()
+    run = both.bind(describe(SMALL, "cpu"), config_of())
+    call = Trial.of(SMALL.but(lengths=lengths)).call
+    assert run(call) is call.out
+    assert not short.calls
+    assert not long.calls
+
+
+def test_a_batch_of_one_side_is_one_call_as_it_came():
+    for lengths, part in (((1, 2, 3), 0), ((20, 9, 5), 1)):
+        backends = pair()
+        call = Trial.of(SMALL.but(lengths=lengths)).call
+        backends[2].bind(describe(SMALL, "cpu"), config_of())(call)
+        assert backends[part].calls == [call]
+        assert not backends[1 - part].calls
+
+
+@pytest.mark.parametrize(("runs", "whole"), [(MOST_RUNS, False), (MOST_RUNS + 1, True)])
+def test_a_batch_that_goes_to_and_fro_too_often_runs_whole_on_the_long_part_s_backend(runs, whole):
+    short, long, both = pair()
+    call = Trial.of(SMALL.but(lengths=((1, 9) * runs)[:runs])).call
+    both.bind(call.problem(), config_of())(call)
+    assert (long.calls == [call]) is whole
+    assert bool(short.calls) is not whole
+
+
+# ---- what is bound, and when
+
+
+def test_each_run_is_bound_to_its_own_problem_once():
+    short, long, both = pair()
+    call = Trial.of(SMALL).call
+    run = both.bind(call.problem(), config_of())
+    run(call)
+    before = len(short.bound), len(long.bound)
+    run(Trial.of(SMALL, 1).call)
+    assert (len(short.bound), len(long.bound)) == before
+    for part, backend in ((c, b) for b in (short, long) for c in b.calls):
+        assert part.problem() in [problem for problem, _ in backend.bound]
+
+
+def test_bound_runners_are_bounded():
+    _, _, both = pair()
+    run = both.bind(describe(SMALL, "cpu"), config_of())
+    for power in range(MOST_BOUND):
+        for long in (False, True):
+            run._runner(long, VarlenProfile.of(1, 2**power, 2**power))
+            assert len(run._bound) <= MOST_BOUND
+
+
+def test_everything_is_bound_before_anything_runs():
+    short, long, both = pair()
+    call = Trial.of(SMALL).call
+    run = both.bind(describe(MIXED.but(h=1, hv=2, k=8, v=12), "cpu"), config_of())
+
+    def fails(problem, config):
+        raise RuntimeError("does not compile")
+
+    long.bind = fails
+    with pytest.raises(RuntimeError, match="does not compile"):
+        run(call)
+    assert not short.calls
+
+
+def test_binding_from_many_threads_binds_once():
+    short, long, both = pair()
+    run = both.bind(describe(SMALL, "cpu"), config_of())
+    before = len(short.bound) + len(long.bound)
+    calls = [Trial.of(SMALL, seed).call for seed in range(4)]
+    want = [Trial.of(SMALL, seed).call for seed in range(4)]
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(short.bound) + len(long.bound) <= before + 3
+    for call, like in zip(calls, want, strict=True):
+        run(like)
+        assert torch.equal(bits(call.out), bits(like.out))
+
+
+def test_a_config_that_is_not_offered_for_a_run_gives_way_to_one_that_keeps_the_bound():
+    _, long, both = pair()
+    both.bind(describe(MIXED, "cpu"), config_of(long="chunks[chunk=64]", chunk=16))
+    assert long.bound[-1][1] == Config.of(chunk=16), "the first that is offered with chunks of at most 16"
+    both.bind(describe(MIXED, "cpu"), config_of(long="chunks[chunk=64]", chunk=8))
+    assert long.bound[-1][1] == Config.of(chunk=8)
+
+
+def test_a_backend_that_declines_a_run_gives_way_to_the_first_that_accepts():
+    short, long, both = pair(accepts=lambda problem: problem.profile.longest > 64)
+    both.bind(describe(MIXED, "cpu"), config_of())
+    assert long.bound
+    call = Trial.of(SMALL).call
+    both.bind(call.problem(), config_of())(call)
+    assert not long.calls
+    assert lengths_of(short.calls) == [(1, 1), (20, 0, 9), (1, 0)]
+
+
+def test_no_part_breaks_the_bound_that_is_promised():
+    only = Noting("chunks", chunks=(16,))
+    with pytest.raises(NoBackendError, match="no chunk of 8 tokens or fewer"):
+        made_of(only).bind(describe(MIXED, "cpu"), config_of(short="chunks", chunk=8))
+
+
+def test_compiling_ahead_compiles_both_parts():
+    short, long, both = pair()
+    compiled = []
+    for part in (short, long):
+        part.compile = lambda problem, config, name=part.name: compiled.append((name, problem.profile.longest, config))
+    both.compile(describe(MIXED, "cpu"), config_of())
+    assert compiled == [("walks", 1, Config()), ("chunks", 2048, Config.of(chunk=16))]
+
+
+def test_pinning_compiles_the_parts_and_keeps_nothing():
+    short, long, both = pair()
+    call = Trial.of(SMALL).call
+    run = both.bind(call.problem(), config_of())
+    assert run.pin(call) is None
+    assert lengths_of(short.pinned) == [(1, 1), (1, 0)]
+    assert lengths_of(long.pinned) == [(20, 0, 9)]
+    assert not short.calls
+    assert not long.calls
+
+
+def test_layers_share_the_offsets_of_a_layout(monkeypatch):
+    short, long, both = pair()
+    call = Trial.of(SMALL).call
+    run = both.bind(call.problem(), config_of())
+    run(call)
+    run(call)
+    for part in (short, long):
+        half = len(part.calls) // 2
+        for one, other in zip(part.calls[:half], part.calls[half:], strict=True):
+            assert one.layout is other.layout
+            assert one.cu_seqlens is other.cu_seqlens
+
+
+def test_a_forked_child_without_torch_s_threads_is_told(monkeypatch):
+    forks = Forks(OP, type("Owner", (), {"forget": lambda self: None})().forget)
+    forks._threads_lost = True
+    monkeypatch.setattr("isokern.registry.forks._torch_threads", lambda: 2)
+    with pytest.raises(ForkedProcessError, match="torch's CPU threads"):
+        forks.check(describe(SMALL, "cpu"), Composite())
+
+
+def test_through_the_registry():
+    """The op itself, on its real parts: forced, twice with other lengths of the same profile, and explained."""
+    mine = Registry(load_plugins=False)
+    op = mine.get(OP)
+    for lengths in ((1,) * 7 + (40,), (1,) * 6 + (2, 39)):
+        spec = SMALL.but(name=str(lengths), lengths=lengths)
+        kwargs, like = (mine.spec(OP).make_inputs(spec, 3).kwargs for _ in range(2))
+        out, want = op(**kwargs, backend="composite"), op(**like, backend="torch_reference")
+        torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(kwargs["initial_state_source"], like["initial_state_source"], rtol=1e-4, atol=1e-5)
+    decision = op.decide(**kwargs)
+    assert decision.backend == "numba_cpu", "the first choice for both parts on a CPU"
+    assert isinstance(decision.outcome_of("composite"), Accepted)
+    assert op.decide(**kwargs, backend="composite").config["short"] == "numba_cpu"
+
+
+# ---- in the tuner
+
+
+HEAVY = SMALL.but(name="heavy", lengths=(1,) * 7 + (40,))
+
+
+def test_it_is_admitted_with_every_config_beside_the_others():
+    admission = admit(Registry(load_plugins=False), OP, describe(HEAVY, "cpu"))
+    mine = [c.config for c in admission.candidates if c.backend == "composite"]
+    assert tuple(mine) == Composite().configs(describe(HEAVY, "cpu"))
+    assert all(c.origin is None for c in admission.candidates), "a worker finds it by itself"
+    assert admission.candidates[0].backend == "numba_cpu"
+
+
+@pytest.mark.parametrize("config", Composite().configs(describe(HEAVY, "cpu")), ids=lambda config: config.label)
+def test_every_config_passes_the_gate(config):
+    result = gate(OP, Composite(), config, HEAVY, adversarial=adversarial_twin(HEAVY))
+    assert result.ok, result.reason
+    assert result.repeatable
+
+
+def test_a_wrong_part_does_not_pass_the_gate():
+    class Wrong(Noting):
+        def bind(self, problem, config):
+            inner = super().bind(problem, config)
+            return lambda call: inner(call).mul_(1.02)
+
+    config = config_of(short="wrong", threshold=4)
+    both = made_of(Wrong("wrong", 20), Noting("chunks", 10, chunks=(16,)))
+    assert config in both.configs(describe(HEAVY.but(lengths=(1, 1, 9)), "cpu"))
+    assert gate(OP, both, config, HEAVY.but(lengths=(1, 1, 9))).code is RejectCode.WRONG
+
+
+# ---- two streams
+
+
+class FakeCuda:
+    """Streams that do nothing until :meth:`finish`, and then as badly as events allow: ``late`` ones last."""
+
+    def __init__(self):
+        self.streams = []
+        self.at = self.Stream("cuda:0")
+
+    def Stream(self, device, priority=0):
+        stream = FakeStream(device, priority)
+        self.streams.append(stream)
+        return stream
+
+    def Event(self):
+        return FakeEvent()
+
+    def current_stream(self, device):
+        return self.at
+
+    def stream(self, stream):
+        return Within(self, stream)
+
+    def launch(self, work):
+        self.at.queue.append(work)
+
+    def finish(self, late):
+        order = sorted(self.streams, key=lambda stream: stream is late)
+        while any(stream.queue for stream in order):
+            stream = next(s for s in order if s.queue and s.ready)
+            stream.queue.popleft()()
+
+
+class FakeEvent:
+    def __init__(self):
+        self.mark = None
+
+    def record(self, stream):
+        mark = self.mark = {"done": False}
+        stream.queue.append(lambda: mark.update(done=True))
+
+
+class FakeStream:
+    def __init__(self, device, priority):
+        self.device, self.priority, self.queue = device, priority, deque()
+
+    def wait_event(self, event):
+        mark = event.mark
+
+        def wait():
+            assert mark["done"]
+
+        wait.mark = mark
+        self.queue.append(wait)
+
+    @property
+    def ready(self):
+        return getattr(self.queue[0], "mark", {"done": True})["done"]
+
+
+class Within:
+    def __init__(self, cuda, stream):
+        self.cuda, self.stream = cuda, stream
+
+    def __enter__(self):
+        self.before, self.cuda.at = self.cuda.at, self.stream
+
+    def __exit__(self, *exc):
+        self.cuda.at = self.before
+
+
+def happened(streams: SideStreams, cuda: FakeCuda, late: int, fails: bool = False) -> list[str]:
+    """The order in which things are done, the stream ``late`` always last where it has the choice."""
+    log: list[str] = []
+    cuda.launch(lambda: log.append("before"))
+
+    def here():
+        cuda.launch(lambda: log.append("here"))
+        if fails:
+            raise RuntimeError("no launch")
+
+    try:
+        streams.both("cuda:0", lambda: cuda.launch(lambda: log.append("aside")), here)
+    except RuntimeError:
+        log.append("raised")
+    assert cuda.at is cuda.streams[0], "the current stream is current again"
+    cuda.launch(lambda: log.append("after"))
+    cuda.finish(cuda.streams[late])
+    return log
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_runs_aside_begins_after_what_came_before_and_ends_before_what_follows(late):
+    cuda = FakeCuda()
+    streams = SideStreams(cuda)
+    for _ in range(3):
+        log = happened(streams, cuda, late)
+        assert (log[0], log[-1], sorted(log[1:-1])) == ("before", "after", ["aside", "here"])
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_streams_come_together_again_where_a_launch_fails(late):
+    log = happened(SideStreams(cuda := FakeCuda()), cuda, late, fails=True)
+    assert log[-1] == "after"
+    assert set(log) == {"raised", "before", "aside", "here", "after"}
+
+
+@pytest.mark.parametrize(("forgotten", "late"), [("wait for begin", 0), ("wait for end", 1)])
+def test_a_forgotten_wait_shows(forgotten, late, record_property):
+    """Planted: the side stream does not wait for the current one, or is not waited for."""
+    cuda = FakeCuda()
+    streams = SideStreams(cuda)
+    streams.both("cuda:0", lambda: None, lambda: None)
+    side = cuda.streams[1]
+    deaf = side if forgotten == "wait for begin" else cuda.streams[0]
+    deaf.wait_event = lambda event: None
+    log = happened(streams, cuda, late)
+    assert (log[0], log[-1]) != ("before", "after")
+    record_property("planted fault", f"composite   {'no ' + forgotten:40} found by the order of work on streams")
+
+
+def test_one_side_stream_for_each_device_and_thread_of_higher_priority():
+    cuda = FakeCuda()
+    streams = SideStreams(cuda)
+    work = ("cuda:0", lambda: None, lambda: None)
+    streams.both(*work)
+    streams.both(*work)
+    assert len(cuda.streams) == 2
+    assert cuda.streams[1].priority < cuda.streams[0].priority
+    thread = threading.Thread(target=streams.both, args=work)
+    thread.start()
+    thread.join()
+    assert len(cuda.streams) == 3
+    streams.both("cuda:1", *work[1:])
+    assert [stream.device for stream in cuda.streams] == ["cuda:0", "cuda:0", "cuda:0", "cuda:1"]
+
+
+def test_with_two_streams_the_long_part_runs_aside(monkeypatch):
+    short, long, both = pair()
+    queued = []
+
+    def noted(self, device, aside, here):
+        for where, work in (("aside", aside), ("here", here)):
+            work()
+            queued.append((where, len(short.calls), len(long.calls)))
+
+    monkeypatch.setattr(SideStreams, "both", noted)
+    call = Trial.of(SMALL).call
+    both.bind(call.problem(), config_of(streams=2))(call)
+    assert queued == [("aside", 0, 1), ("here", 2, 1)]
+
+    queued.clear()
+    one_side = Trial.of(SMALL.but(lengths=(1, 1))).call
+    both.bind(call.problem(), config_of(streams=2))(one_side)
+    both.bind(call.problem(), config_of(streams=1))(call)
+    assert not queued, "one part alone needs no second stream"
+
+
+def test_the_real_torch_cuda_has_what_the_fake_stands_for():
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        assert hasattr(torch.cuda, name)
+    for kind, methods in ((torch.cuda.Stream, ("wait_event",)), (torch.cuda.Event, ("record",))):
+        assert all(hasattr(kind, method) for method in methods)

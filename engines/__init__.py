@@ -83,6 +83,13 @@ ENGINES: Mapping[str, EngineInfo] = MappingProxyType(
                 programs=("g++",),
             ),
             EngineInfo(
+                "cuda_on_cpu",
+                "cupy_chunked_bf16",
+                "isokern.backends.cupy_chunked.backend:CupyChunkedBf16",
+                "isokern.engines.cuda_on_cpu.chunked:load_bf16",
+                programs=("g++",),
+            ),
+            EngineInfo(
                 "triton_interpreter",
                 "triton",
                 "isokern.backends.triton.backend:Triton",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .decision import Verdict
 
-__all__ = ["Backend", "Config", "Pinnable", "Pinned", "Runner", "Scalar", "fingerprint_files"]
+__all__ = ["Backend", "Config", "Pinnable", "Pinned", "RoundedChunk", "Runner", "Scalar", "fingerprint_files"]
 
 Scalar = int | float | bool | str
 
@@ -24,6 +24,13 @@ Runner = Callable[[Any], Any]
 #: A runner pinned to one call's shapes: takes that call's tensors in the op's declared order (None where absent, the
 #: output among them) and runs. Returns nothing; the output is written.
 Pinned = Callable[[tuple[Any, ...]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedChunk:
+    """An evaluation in chunks of so many tokens whose products take bfloat16 operands; see ``Backend.accuracy``."""
+
+    tokens: int
 
 
 @runtime_checkable
@@ -90,7 +97,9 @@ class Backend(ABC):
         tags: promises tested by the conformance suite: ``repeatable``, ``differentiable``,
             ``batch_invariant`` (packing changes no bit), ``capture_safe``.
         priority: place in the heuristic order; higher first. The reference is 0.
-        accuracy: which error bound the op's reference gives it (``recurrent``, ``chunked``).
+        accuracy: which error bound the op's reference gives it: float32 token by token (``recurrent``) or in chunks of
+            the config's ``chunk`` tokens (``chunked``), or such chunks whose products take bfloat16 operands
+            (``rounded``).
         exceptions_file: path of the TOML file declaring reasoned exceptions from conformance checks, if any.
     """
 

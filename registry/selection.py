@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BackendDeclinedError, NoBackendError, UnknownNameError
 from .backend import Backend, Config
-from .decision import Accepted, Decision, Outcome, Rejected, Rule
+from .decision import Accepted, Decision, Outcome, RejectCode, Rejected, Rule, Verdict
 from .plugins import checked
 
 __all__ = ["Request", "Suggestion", "Suggestions", "decide", "verdicts"]
@@ -41,10 +41,22 @@ class Suggestions:
     notes: tuple[str, ...] = ()
 
 
-def verdicts(backends: Mapping[str, Backend], problem: Any) -> tuple[Outcome, ...]:
-    """Every backend's verdict, in heuristic order: rank, then name, so the order never depends on registration."""
+def verdicts(backends: Mapping[str, Backend], problem: Any, named: Collection[str] = ()) -> tuple[Outcome, ...]:
+    """Every backend's verdict, in heuristic order: rank, then name, so the order never depends on registration.
+
+    A backend that rounds what others keep in float32 (``accuracy = "rounded"``) is never chosen, tuned or fallen back
+    to unless it is among the ``named``: results of either kind must not stand for one another unasked.
+    """
     ordered = sorted(backends.values(), key=lambda b: (-b.rank(problem), b.name))
-    return tuple(Outcome(b.name, checked(b, problem)) for b in ordered)
+    return tuple(Outcome(b.name, _allowed(b, checked(b, problem), named)) for b in ordered)
+
+
+def _allowed(backend: Backend, verdict: Verdict, named: Collection[str]) -> Verdict:
+    if isinstance(verdict, Rejected) or backend.accuracy != "rounded" or backend.name in named:
+        return verdict
+    return Rejected(
+        RejectCode.POLICY, "rounds operands of products to bfloat16: runs where it is named (backend=, registry.use)"
+    )
 
 
 def decide(
@@ -67,7 +79,8 @@ def decide(
         NoBackendError: every backend declines; the error lists each reason.
         PredicateError: a predicate has a bug.
     """
-    outcomes = verdicts(backends, problem)
+    named = {name for name in (request.argument, request.context, request.environment) if name is not None}
+    outcomes = verdicts(backends, problem, named)
     by_name = {o.backend: o.verdict for o in outcomes}
     key = problem.key()
     forced = (

@@ -11,6 +11,7 @@ import pytest
 from isokern import engines, registry
 from isokern.autotune.candidates import admit
 from isokern.backends import BUILTIN_BACKENDS
+from isokern.backends.composite.backend import Composite
 from isokern.engines import ENGINES, MissingEngineError, engine_for
 from isokern.registry import FunctionBackend, RejectCode
 from isokern.registry.core import Registry
@@ -18,12 +19,14 @@ from isokern.registry.doctor import examine
 from isokern.registry.explain import render
 from isokern.registry.ops.fused_sigmoid_gating.cases import BASE, CASES
 from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
 from isokern.registry.plugins import load_attribute, missing_modules
+from isokern.registry.selection import verdicts
 
 OP = "fused_sigmoid_gating"
 #: Those that do the whole contract, token by token.
 GPU = ("triton", "cupy", "numba_cuda")
-CHUNKED = "cupy_chunked"
+CHUNKED, ROUNDED = "cupy_chunked", "cupy_chunked_bf16"
 FRAMEWORKS = ("triton", "cupy", "numba", "llvmlite", "cuda")
 
 
@@ -32,7 +35,29 @@ def on_gpu(spec):
 
 
 def test_they_are_registered_and_each_has_an_engine():
-    assert {*GPU, CHUNKED} == set(ENGINES) < set(registry.backends(OP))
+    assert {*GPU, CHUNKED, ROUNDED} == set(ENGINES) < set(registry.backends(OP))
+
+
+def test_rounded_operands_are_for_those_who_name_them():
+    problem = on_gpu(BASE.but(lengths=(2000,), padded=()))
+    backends = {name: registry.backends(OP)[name] for name in (CHUNKED, ROUNDED)}
+    assert not missing_modules(backends[ROUNDED]), "CuPy is needed here, though no GPU"
+    unasked = {o.backend: o.verdict for o in verdicts(backends, problem)}
+    assert unasked[CHUNKED]
+    assert not unasked[ROUNDED]
+    assert unasked[ROUNDED].code is RejectCode.POLICY
+    assert all(outcome.verdict for outcome in verdicts(backends, problem, {ROUNDED}))
+    assert ROUNDED not in Composite().parts()
+
+
+def test_no_rounded_candidate_is_tuned():
+    own = Registry({}, load_plugins=False)
+    own.register_op(SPEC)
+    for name in (CHUNKED, ROUNDED):
+        own.register_backend(registry.backends(OP)[name])
+    admission = admit(own, OP, on_gpu(BASE.but(lengths=(2000,), padded=())))
+    assert {candidate.backend for candidate in admission.candidates} == {CHUNKED}
+    assert [(record.backend, record.code) for record in admission.declined] == [(ROUNDED, RejectCode.POLICY.value)]
 
 
 def test_prompts_go_to_the_chunked_one_and_the_rest_to_the_recurrent_ones():

@@ -56,7 +56,8 @@ class Composite(Backend):
 
             known = registry.backends(self.op)
             found = {n: b for n, b in known.items() if type(b).__module__.partition(".")[0] == _OWN_PACKAGE}
-        return {name: b for name, b in found.items() if not isinstance(b, Composite)}
+        # Rounded operands are for those who ask for them by name.
+        return {name: b for name, b in found.items() if not isinstance(b, Composite) and b.accuracy != "rounded"}
 
     def rank(self, problem: Problem) -> int:
         """Before every other backend where each part has its own first choice, the long one's a chunked backend.

@@ -14,7 +14,7 @@ from ..cupy.backend import Cupy
 from ..launch import ahead
 from .configs import configs, shared_limit
 
-__all__ = ["CupyChunked"]
+__all__ = ["CupyChunked", "CupyChunkedBf16"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_HEAD = 256
@@ -96,3 +96,22 @@ class CupyChunked(Backend):
 
     def toolchain(self) -> Mapping[str, str]:
         return Cupy().toolchain()
+
+
+class CupyChunkedBf16(CupyChunked):
+    """The same kernels with every operand of a product rounded to bfloat16, as other libraries' are; sums are float32.
+
+    A third of the products, and about twice the error of rounding the outputs (``docs/performance/prefill.md``). Runs
+    where it is named, never unasked.
+    """
+
+    name: ClassVar[str] = "cupy_chunked_bf16"
+    priority: ClassVar[int] = 86
+    accuracy: ClassVar[str] = "rounded"
+    pieces: ClassVar[int] = 1
+
+    def check(self, problem: Problem) -> Verdict:
+        verdict = super().check(problem)
+        if verdict and problem.io_dtype != "bfloat16":
+            return Rejected(RejectCode.DTYPE, f"takes q and k as bfloat16: {problem.io_dtype} would be rounded")
+        return verdict

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...backends.cupy_chunked.arguments import RECORDS_AT, VECTORS, aligned, records, template
-from ...backends.cupy_chunked.backend import CupyChunked
+from ...backends.cupy_chunked.backend import CupyChunked, CupyChunkedBf16
 from ...backends.cupy_chunked.compiling import KERNELS, PREPARE_THREADS, grid, source
 from ...backends.cupy_chunked.specialization import Specialization
 from ...registry.backend import Backend, Config, Runner
@@ -23,7 +23,7 @@ from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .engine import CudaOnCpu, watch_also
 from .raw_kernel import CpuRawKernel
 
-__all__ = ["CupyChunkedOnCpu", "load"]
+__all__ = ["CupyChunkedBf16OnCpu", "CupyChunkedOnCpu", "load", "load_bf16"]
 
 
 def load() -> tuple[Backend, CudaOnCpu]:
@@ -31,8 +31,13 @@ def load() -> tuple[Backend, CudaOnCpu]:
     return CupyChunkedOnCpu(), CudaOnCpu()
 
 
-class CupyChunkedOnCpu(CupyChunked):
-    """The ``cupy_chunked`` backend's predicate, configs, argument packing, grids and kernel sources, on the CPU."""
+def load_bf16() -> tuple[Backend, CudaOnCpu]:
+    """The same with operands rounded."""
+    return CupyChunkedBf16OnCpu(), CudaOnCpu()
+
+
+class _OnCpu(CupyChunked):
+    """A chunked backend's predicate, configs, argument packing, grids and kernel sources, on the CPU."""
 
     requires: ClassVar[tuple[str, ...]] = ()
 
@@ -52,6 +57,14 @@ class CupyChunkedOnCpu(CupyChunked):
 
     def toolchain(self) -> Mapping[str, str]:
         return {}
+
+
+class CupyChunkedOnCpu(_OnCpu):
+    """``cupy_chunked`` on the CPU."""
+
+
+class CupyChunkedBf16OnCpu(_OnCpu, CupyChunkedBf16):
+    """``cupy_chunked_bf16`` on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..backend import Backend, Config, Runner
+from ..backend import Backend, Config, RoundedChunk, Runner
 from ..decision import Accepted, RejectCode, Rejected, Verdict
 from .check import BackendRaised, Check, Declined, Needs, PredicateFault, Violation
 from .exceptions import NO_EXCEPTIONS, Exceptions
@@ -150,15 +150,17 @@ class Subject:
             raise Declined(Rejected(RejectCode.POLICY, f"config [{self.config.label}] is not offered for this problem"))
         return self.config
 
-    def chunk(self, call: CanonicalCall) -> int | None:
-        """Chunk length of the error bound: the config's for ``accuracy = "chunked"`` backends, else None."""
-        if getattr(self.backend, "accuracy", "recurrent") != "chunked":
+    def chunk(self, call: CanonicalCall) -> int | RoundedChunk | None:
+        """Chunk length of the error bound: the config's for backends that work in chunks, else None."""
+        accuracy = getattr(self.backend, "accuracy", "recurrent")
+        if accuracy not in ("chunked", "rounded"):
             return None
         config = self.config_for(call.problem())
         try:
-            return int(config["chunk"])
+            tokens = int(config["chunk"])
         except KeyError:
-            raise PredicateFault(f"accuracy 'chunked' needs a chunk, config [{config.label}] has none") from None
+            raise PredicateFault(f"accuracy {accuracy!r} needs a chunk, config [{config.label}] has none") from None
+        return RoundedChunk(tokens) if accuracy == "rounded" else tokens
 
     def run(self, call: CanonicalCall, poison: float = math.nan) -> torch.Tensor:
         """Fill ``call.out`` with ``poison``, run the backend on ``call``, wait for it, return the output.

@@ -30,7 +30,7 @@ from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC  # noqa: E402
 from isokern.registry.varlen.layout import SequenceLayout  # noqa: E402
 
 torch.set_num_threads(1)
-VERIFY = "none" if NAME == "cupy_chunked" else "chain"  # a chunk does not form the states after each token
+VERIFY = "none" if "chunked" in NAME else "chain"  # a chunk does not form the states after each token
 VALID = CaseSpec("valid", (3, 0, 2), h=1, hv=2, k=8, v=6, padded=(2,), verify=VERIFY)
 MESSAGE = "this GPU is out of order"
 
@@ -38,6 +38,7 @@ MESSAGE = "this GPU is out of order"
 LAUNCHES = {
     "cupy": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "cupy_chunked": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
+    "cupy_chunked_bf16": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "triton": "isokern.engines.triton_interpreter.execution.Executor._launch",
     "numba_cuda": "isokern.engines.numba_simulator.engine.NumbaSimulator.launch",
 }

@@ -10,6 +10,7 @@ import torch
 
 from .call import Call
 from .dtypes import dtype_name, dtype_of, smallest_step, unit_roundoff
+from .operands import TYPICAL
 from .reference import Reference
 
 __all__ = ["LIMITS", "Judgement", "Limits", "judge", "rounded"]
@@ -24,6 +25,10 @@ class Limits:
             more on a short vector, then 1.05 times its own error is the limit.
         equal_bits: share of outputs that must equal the rounded reference, counted over at least
             ``equal_bits_count`` values (a smaller sample says nothing).
+
+    Where operands are rounded (``Reference.o_noise``) no share of bits can be asked for, and the error that this will
+    typically cause adds to ``rel_l2``, times what a sample of so many independent columns may come to: see
+    :func:`_allowance`.
     """
 
     rel_l2: float
@@ -86,17 +91,22 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
     # contract's rounding, inside the bound, that no fixed norm can know.
     rerounded = call.parents is not None and call.intermediates is not None and call.intermediates.dtype.itemsize < 4
     rows = out.detach().to(ref.o.device).flatten(0, 1)[:, heads]
-    outputs = _Comparison(dtype_name(out.dtype), rerounded)
+    noisy = ref.o_noise is not None
+    outputs = _Comparison(dtype_name(out.dtype), rerounded, noisy)
     for x, y in pairwise(ref.offsets):
-        outputs.add(rows[x:y].transpose(0, 1), ref.o[x:y].transpose(0, 1), ref.o_bound[x:y].transpose(0, 1))
+        noise = None if ref.o_noise is None else ref.o_noise[x:y].transpose(0, 1)
+        got, exact, bound = (t[x:y].transpose(0, 1) for t in (rows, ref.o, ref.o_bound))
+        outputs.add(got, exact, bound, noise, y - x)
     outputs.report("output", ratio_limit, faults)
 
-    states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32", rerounded)
+    states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32", rerounded, noisy)
     if call.pool is not None and call.write_slots is not None:
         for n, slot in enumerate(call.write_slots.tolist()):
             if slot >= 0 and ref.offsets[n + 1] > ref.offsets[n]:
                 bound = ref.state_bound[n][:, None, :].expand_as(ref.state[n])
-                states.add(_kv(call.pool[slot], heads, call), ref.state[n], bound)
+                noise = None if ref.state_noise is None else ref.state_noise[n]
+                length = ref.offsets[n + 1] - ref.offsets[n]
+                states.add(_kv(call.pool[slot], heads, call), ref.state[n], bound, noise, length)
         states.report("state", ratio_limit, faults)
 
     steps = _Comparison(
@@ -120,12 +130,23 @@ def _kv(state: torch.Tensor, heads: torch.Tensor, call: Call) -> torch.Tensor:
     return chosen if call.state_layout == "kv" else chosen.transpose(-1, -2)
 
 
+def _allowance(independent: int) -> float:
+    """How many times its mean a sum of so many independent squares is, at most, but for one time in 10**9.
+
+    Laurent and Massart's bound for chi-squared: 1 + 2 sqrt(x / n) + 2 x / n with x = 20. And at most what two roundings
+    give that all values share, each the largest there is: (2 ** -8 / its root mean square)**2 for either.
+    """
+    n = max(1, independent)
+    return min(1 + 2 * math.sqrt(20 / n) + 40 / n, 2 / TYPICAL**2)
+
+
 class _Comparison:
     """Running worst case over groups; a group is one sequence, its first axis the heads."""
 
-    def __init__(self, dtype: str, rerounded: bool) -> None:
+    def __init__(self, dtype: str, rerounded: bool, noisy: bool = False) -> None:
         self.dtype = dtype
         self.rerounded = rerounded  # only the bound applies
+        self.noisy = noisy  # no share of bits can be asked for
         self.limits = LIMITS[dtype]
         self.ratio = 0.0
         self.rel = 0.0
@@ -134,8 +155,20 @@ class _Comparison:
         self.equal = 0
         self.counted = 0
 
-    def add(self, got: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
-        """``got`` in its own dtype, ``exact`` and ``bound`` float64, all ``[heads, ...]``."""
+    def add(
+        self,
+        got: torch.Tensor,
+        exact: torch.Tensor,
+        bound: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        tokens: int = 0,
+    ) -> None:
+        """``got`` in its own dtype, ``exact``, ``bound`` and ``noise`` float64, all ``[heads, ..., V]``.
+
+        Args:
+            tokens: of the sequence. Roundings of states and values differ from column to column of V, those of a
+                chunk's matrices from token to token: so many errors are independent as there are of the fewer.
+        """
         if not got.numel():
             return
         nearest = rounded(exact, dtype_of(self.dtype))
@@ -150,9 +183,16 @@ class _Comparison:
         if self.dtype in ("bfloat16", "float16"):
             self.equal += int(same.sum())
             self.counted += same.numel()
-        self._relative(value, exact, target)
+        self._relative(value, exact, target, noise, min(tokens, exact.shape[-1]))
 
-    def _relative(self, value: torch.Tensor, exact: torch.Tensor, target: torch.Tensor) -> None:
+    def _relative(
+        self,
+        value: torch.Tensor,
+        exact: torch.Tensor,
+        target: torch.Tensor,
+        noise: torch.Tensor | None,
+        independent: int,
+    ) -> None:
         value, exact, target = value.flatten(1), exact.flatten(1), target.flatten(1)
         finite = torch.isfinite(target).all(-1)
         norm = exact.norm(dim=-1)
@@ -162,6 +202,9 @@ class _Comparison:
         error = (value - exact).norm(dim=-1)[usable] / norm[usable]
         floor = (target - exact).norm(dim=-1)[usable] / norm[usable]
         allowed = torch.maximum(torch.full_like(floor, self.limits.rel_l2), 1.05 * floor)
+        if noise is not None:
+            typical = noise.flatten(1).norm(dim=-1)[usable] / norm[usable]
+            allowed = (allowed.square() + _allowance(independent) * typical.square()).sqrt()
         self.rel = max(self.rel, math.inf if bool(torch.isnan(error).any()) else float(error.max()))
         excess = error / allowed
         self.rel_excess = max(self.rel_excess, math.inf if bool(torch.isnan(excess).any()) else float(excess.max()))
@@ -177,7 +220,7 @@ class _Comparison:
             faults.append(
                 f"{what} has relative error {self.rel:.3g} ({self.rel_excess:.3g} times the limit for {self.dtype})"
             )
-        enough = self.counted >= self.limits.equal_bits_count and not self.rerounded
+        enough = self.counted >= self.limits.equal_bits_count and not self.rerounded and not self.noisy
         if enough and self.equal_bits < self.limits.equal_bits:
             faults.append(
                 f"{what} equals the rounded reference in {100 * self.equal_bits:.2f} % of values "

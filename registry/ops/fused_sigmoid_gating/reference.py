@@ -29,8 +29,10 @@ from itertools import pairwise
 
 import torch
 
+from ...backend import RoundedChunk
 from .call import Call
 from .gates import beta_of, log_decay, normalise
+from .operands import CERTAIN, TYPICAL, UNIT, OperandRounding
 
 __all__ = ["Reference", "reference"]
 
@@ -52,6 +54,8 @@ class Reference:
         state, state_bound: final states ``[N, heads, K, V]`` and, per column, ``[N, heads, V]``.
         steps, steps_bound: states after each token ``[tokens, heads, K, V]``, ``[tokens, heads, V]``; None unless
             the call stores intermediate states.
+        o_noise, state_noise: like ``o`` and ``state``: the root mean square error that rounded operands will typically
+            cause; None for evaluations in float32.
     """
 
     heads: tuple[int, ...]
@@ -62,10 +66,13 @@ class Reference:
     state_bound: torch.Tensor
     steps: torch.Tensor | None
     steps_bound: torch.Tensor | None
+    o_noise: torch.Tensor | None = None
+    state_noise: torch.Tensor | None = None
 
     def lasting(self) -> tuple[torch.Tensor, ...]:
         """All its tensors: nothing may change them."""
-        all_of_them = (self.o, self.o_bound, self.state, self.state_bound, self.steps, self.steps_bound)
+        exact = (self.o, self.o_bound, self.state, self.state_bound, self.steps, self.steps_bound)
+        all_of_them = (*exact, self.o_noise, self.state_noise)
         return tuple(t for t in all_of_them if t is not None)
 
     def places(self) -> tuple[int, ...]:
@@ -90,7 +97,7 @@ class _Gates:
 def reference(
     call: Call,
     heads: Sequence[int] | None = None,
-    chunk: int | None = None,
+    chunk: int | RoundedChunk | None = None,
     initial: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Reference:
@@ -99,12 +106,14 @@ def reference(
     Args:
         call: canonical arguments. Reads its tensors (copying them to ``device`` where they are elsewhere).
         heads: value heads to compute; heads are independent, so a few stand for all where all would take too long.
-        chunk: bound for chunked evaluations with chunks of this many tokens; None for token-by-token ones.
+        chunk: bound for chunked evaluations with chunks of this many tokens, in float32 or with rounded operands
+            (``operands.py``); None for token-by-token ones.
         initial: ``[N, heads, K, V]`` float64 start states in place of the pool's (a caller that keeps exact
             states across calls).
         device: where to compute and leave the results. A GPU's float64 is as good, and much faster on large states,
             where one trusts it more than the kernel that is judged.
     """
+    rounded, chunk = isinstance(chunk, RoundedChunk), chunk.tokens if isinstance(chunk, RoundedChunk) else chunk
     device = torch.device(device)
     chosen = tuple(range(call.hv)) if heads is None else tuple(heads)
     index = torch.tensor(chosen, dtype=torch.int64, device=device)
@@ -128,6 +137,8 @@ def reference(
     major = h.abs() if chunk else None
     spread = torch.zeros_like(h) if chunk else None
     starts = torch.tensor([offsets[i] for i in order], dtype=torch.int64, device=device)
+    ends = torch.tensor([offsets[i + 1] for i in order], dtype=torch.int64, device=device)
+    operands = OperandRounding(call.tokens, h) if rounded else None
 
     for t in range(max(lengths, default=0)):
         live = sum(1 for i in order if lengths[i] > t)  # order is by length: a prefix is alive
@@ -137,6 +148,11 @@ def reference(
         if chunk and t % chunk == 0 and major is not None and spread is not None:
             major[:live] = h[:live].abs()
             spread[:live] = 0
+            if operands is not None:
+                tokens = rows[:, None] + torch.arange(chunk, device=device)
+                there = tokens < ends[:live, None]
+                tokens = torch.where(there, tokens, rows[:, None])
+                operands.add(tokens, there, h[:live], gates.q, gates.k, gates.v, gates.decay, gates.beta)
         _step(call, gates, rows, h, error, o, o_bound, live, major, spread, chunk)
         if chunk and major is not None and spread is not None:
             full = (t + 1) % chunk == 0
@@ -154,8 +170,13 @@ def reference(
     # An empty sequence keeps its bits.
     run = torch.tensor([length > 0 for length in lengths], dtype=torch.bool, device=device)
     state_bound = error[back]
+    o_noise = state_noise = None
+    if operands is not None:
+        o_bound = o_bound + CERTAIN * UNIT * operands.o.sqrt()
+        state_bound = state_bound + CERTAIN * UNIT * operands.column[back].sqrt()
+        o_noise, state_noise = (TYPICAL * UNIT * x.sqrt() for x in (operands.o_typical, operands.state[back]))
     state_bound[run] += UNDERFLOW
-    return Reference(chosen, offsets, o, o_bound, h[back], state_bound, steps, steps_bound)
+    return Reference(chosen, offsets, o, o_bound, h[back], state_bound, steps, steps_bound, o_noise, state_noise)
 
 
 def _on(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:

@@ -56,6 +56,8 @@ def _rounded_well(subject: Subject, recipe: Recipe) -> float:
     trial = recipe.trial(subject)
     ref = exact(recipe, subject.chunk(trial.call))
     got = trial.run(subject).o.cpu()
+    if ref.o_noise is not None:  # operands are rounded: the error is held against what that will typically cause
+        return judged(trial.call, trial.out, ref)
     want = rounded(ref.o, got.dtype)
     equal = got == want
     share = float(equal.double().mean())

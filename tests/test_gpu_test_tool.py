@@ -15,7 +15,20 @@ from typer.testing import CliRunner
 import isokern
 from isokern import registry
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
-from isokern.tools.gpu_test import calls, cells, cli, configs, examine, far, limits, machine, plan, sanitized, sanitizer
+from isokern.tools.gpu_test import (
+    calls,
+    cells,
+    cli,
+    configs,
+    examine,
+    far,
+    limits,
+    machine,
+    plan,
+    properties,
+    sanitized,
+    sanitizer,
+)
 from isokern.tools.gpu_test import fingerprint as fingerprints
 from isokern.tools.gpu_test import session as sessions
 from isokern.tools.gpu_test.cells import Cell, make_calls, select
@@ -447,7 +460,7 @@ class Wrapped(registry.Backend):
     def __init__(self, inner, around):
         self.inner, self.around = inner, around
         self.op, self.name, self.provenance = inner.op, inner.name, inner.provenance
-        self.tags = inner.tags | {"capture_safe"}
+        self.tags, self.accuracy = inner.tags | {"capture_safe"}, inner.accuracy
 
     def check(self, problem):
         return self.inner.check(problem)
@@ -471,6 +484,9 @@ class Closure:
         self.replay = launch
 
 
+SHORT = CaseSpec("small", (3, 0, 2, 1), k=16, v=8, padded=(3,))
+
+
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Calls on the CPU, graphs that launch again what was captured, a "far" that fits."""
@@ -479,8 +495,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(examine, "inputs_of", partial(calls.inputs_of, device="cpu"))
     monkeypatch.setattr(examine, "capture", Closure)
     monkeypatch.setattr(far, "_BEYOND", 2**22)
-    small = CaseSpec("small", (3, 0, 2, 1), k=16, v=8, padded=(3,))
-    monkeypatch.setattr(examine, "REPRESENTATIVE", (small, small.but(name="tree", verify="tree")))
+    monkeypatch.setattr(examine, "REPRESENTATIVE", (SHORT, SHORT.but(name="tree", verify="tree")))
     monkeypatch.setattr(far, "_SPEC", far._SPEC.but(lengths=(3, 0, 2), h=1, hv=2, k=16, v=8))
 
 
@@ -500,6 +515,19 @@ def test_an_honest_backend_has_every_property(on_cpu, monkeypatch, name):
     if name == "rows":
         monkeypatch.setattr(far, "_SPEC", far._SPEC.but(lengths=(9, 0, 5)))
     assert list(EXAMINED[name](Wrapped(backend("torch_vectorized"), honest))) == []
+
+
+def test_what_a_backend_declines_is_skipped_with_its_reason(on_cpu, monkeypatch):
+    chunked = Wrapped(backend("torch_chunked"), honest)
+    told = configs.examine_configs(chunked, SHORT.but(name="tree", verify="tree"))
+    assert told.outcome is Outcome.SKIPPED
+    assert "after each of its tokens" in told.note
+    assert configs.examine_configs(chunked, SHORT).outcome is Outcome.PASS, "held to the bound of chunked forms"
+    assert list(calls.able(chunked, examine.REPRESENTATIVE, examine.call_of)) == [SHORT]
+    with pytest.raises(calls.NotApplicableError, match="after each of its tokens"):
+        list(calls.able(chunked, [SHORT.but(name="tree", verify="tree")], examine.call_of))
+    monkeypatch.setattr(far, "_BEYOND", 2**16)
+    assert properties.examine_property(chunked, "intermediate states beyond 2**31 elements").outcome is Outcome.SKIPPED
 
 
 def reads_slots_once(seen):

@@ -14,7 +14,7 @@ from ..decision import Accepted, RejectCode, Rejected, Verdict
 from .check import BackendRaised, Check, Declined, Needs, PredicateFault, Violation
 from .exceptions import NO_EXCEPTIONS, Exceptions
 
-__all__ = ["CanonicalCall", "Engine", "Subject"]
+__all__ = ["CanonicalCall", "Engine", "Subject", "chunk_of", "works_in_chunks"]
 
 
 class CanonicalCall(Protocol):
@@ -36,6 +36,27 @@ class Engine(Protocol):
 
     def schedules(self) -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
         """Thread schedules by name; results must not depend on them."""
+
+
+def works_in_chunks(backend: Backend) -> bool:
+    """Whether its error bound is one of chunked forms."""
+    return getattr(backend, "accuracy", "recurrent") in ("chunked", "rounded")
+
+
+def chunk_of(backend: Backend, config: Config) -> int | RoundedChunk | None:
+    """What the op's reference is given as ``chunk`` for results of a backend and config.
+
+    Raises:
+        PredicateFault: it should have a chunk, and the config names none.
+    """
+    if not works_in_chunks(backend):
+        return None
+    try:
+        tokens = int(config["chunk"])
+    except KeyError:
+        words = f"accuracy {backend.accuracy!r} needs a chunk, config [{config.label}] has none"
+        raise PredicateFault(words) from None
+    return RoundedChunk(tokens) if backend.accuracy == "rounded" else tokens
 
 
 class Subject:
@@ -152,15 +173,9 @@ class Subject:
 
     def chunk(self, call: CanonicalCall) -> int | RoundedChunk | None:
         """Chunk length of the error bound: the config's for backends that work in chunks, else None."""
-        accuracy = getattr(self.backend, "accuracy", "recurrent")
-        if accuracy not in ("chunked", "rounded"):
+        if not works_in_chunks(self.backend):
             return None
-        config = self.config_for(call.problem())
-        try:
-            tokens = int(config["chunk"])
-        except KeyError:
-            raise PredicateFault(f"accuracy {accuracy!r} needs a chunk, config [{config.label}] has none") from None
-        return RoundedChunk(tokens) if accuracy == "rounded" else tokens
+        return chunk_of(self.backend, self.config_for(call.problem()))
 
     def run(self, call: CanonicalCall, poison: float = math.nan) -> torch.Tensor:
         """Fill ``call.out`` with ``poison``, run the backend on ``call``, wait for it, return the output.

@@ -11,6 +11,8 @@ import torch
 
 from ...errors import BackendFailedError
 from ...registry.backend import Backend, Config, Runner
+from ...registry.conformance.subject import chunk_of
+from ...registry.decision import Rejected
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.judge import Judgement
 from . import sglang
@@ -93,13 +95,16 @@ def bench_cell(cell: Cell, backends: Sequence[Backend], peer: Path | None, first
 def _timed(backend: Backend, first: int | None, calls: list[Call], truth: Truth, launches: int) -> _Entry:
     """Every config: judged, timed briefly if it is right; the best few and the default timed properly."""
     problem = calls[0].problem("graph")
+    verdict = backend.check(problem)
+    if isinstance(verdict, Rejected):
+        return _Entry(backend, {}, {}, [f"declines: {verdict.reason}"], {}, "")
     configs = backend.configs(problem)[:first]
     entry = _Entry(backend, {}, {}, [], {}, configs[0].label)
     truth.forget()
     for config in configs:
         try:
             run = backend.bind(problem, config)
-            judgement, other_bits = truth.judge(run(truth.prepare()))
+            judgement, other_bits = truth.judge(run(truth.prepare()), chunk_of(backend, config))
         except BackendFailedError as error:
             entry.faults.append(f"[{config.label}]: {error}")
             continue

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from ...registry.backend import Backend, Config, Runner
+from ...registry.conformance.subject import chunk_of
+from ...registry.decision import Rejected
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.ops.fused_sigmoid_gating.inputs import make_inputs
@@ -14,7 +17,25 @@ from ...registry.ops.fused_sigmoid_gating.judge import judge
 from ...registry.ops.fused_sigmoid_gating.reference import Reference, reference
 from ...registry.ops.fused_sigmoid_gating.validate import canonical_call
 
-__all__ = ["Written", "bind", "call_of", "copy_contents", "exact", "inputs_of", "same_bits", "wait", "written", "wrong"]
+__all__ = [
+    "NotApplicableError",
+    "Written",
+    "able",
+    "bind",
+    "call_of",
+    "copy_contents",
+    "exact",
+    "inputs_of",
+    "same_bits",
+    "wait",
+    "written",
+    "wrong",
+]
+
+
+class NotApplicableError(Exception):
+    """The backend does not claim what was to be examined; says why not."""
+
 
 #: Everything a call may have written, as integers: a NaN equals itself.
 Written = tuple[torch.Tensor, ...]
@@ -44,8 +65,14 @@ def wait(call: Call) -> None:
 
 
 def bind(backend: Backend, call: Call, config: Config | None = None, mode: str | None = None) -> Runner:
-    """The backend's runner for such calls; its default config where none is named."""
+    """The backend's runner for such calls; its default config where none is named.
+
+    Raises NotApplicableError, with the reason, if it declines them.
+    """
     problem = call.problem(mode)
+    verdict = backend.check(problem)
+    if isinstance(verdict, Rejected):
+        raise NotApplicableError(verdict.reason)
     return backend.bind(problem, backend.configs(problem)[0] if config is None else config)
 
 
@@ -65,9 +92,23 @@ def copy_contents(target: Call, source: Call) -> None:
         tensor.copy_(getattr(source, name))
 
 
-def exact(spec: CaseSpec, seed: int | None = None) -> Reference:
-    """The float64 reference of the case."""
-    return reference(canonical_call(**make_inputs(spec, seed).kwargs))
+def able(backend: Backend, specs: Iterable[CaseSpec], made: Callable[[CaseSpec], Call]) -> Iterator[CaseSpec]:
+    """Those of the cases whose calls the backend does not decline. Raises NotApplicableError if it declines all."""
+    reason, some = "", False
+    for spec in specs:
+        verdict = backend.check(made(spec).problem())
+        if isinstance(verdict, Rejected):
+            reason = verdict.reason
+        else:
+            some = True
+            yield spec
+    if not some:
+        raise NotApplicableError(reason)
+
+
+def exact(spec: CaseSpec, backend: Backend, config: Config) -> Reference:
+    """The float64 reference of the case, with the bound that the backend's results are held to."""
+    return reference(canonical_call(**make_inputs(spec).kwargs), chunk=chunk_of(backend, config))
 
 
 def wrong(call: Call, ref: Reference) -> tuple[str, ...]:

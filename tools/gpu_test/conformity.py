@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...registry.backend import RoundedChunk
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.judge import Judgement, judge
 from ...registry.ops.fused_sigmoid_gating.reference import Reference, reference
@@ -78,9 +79,14 @@ class Truth:
         self._call = call
         self._sample = Sample.of(call, length)
         self._sampled = self._sample.call(call, length)
-        self._reference: Reference = reference(self._sampled)
+        self._references: dict[int | RoundedChunk | None, Reference] = {}
         self._start = self._states().clone()
         self._judged: list[tuple[torch.Tensor, torch.Tensor, Judgement]] = []
+
+    def _exact(self, chunk: int | RoundedChunk | None) -> Reference:
+        if chunk not in self._references:
+            self._references[chunk] = reference(self._sampled, chunk=chunk)
+        return self._references[chunk]
 
     def _states(self) -> torch.Tensor:
         """The states of the call's own slots, which are the pool's first ones."""
@@ -98,8 +104,11 @@ class Truth:
         """Another backend comes: its bits may well be others."""
         self._judged.clear()
 
-    def judge(self, out: torch.Tensor) -> tuple[Judgement, bool]:
-        """Of what a launch on ``prepare()`` left; and whether its bits are others than those of launches before."""
+    def judge(self, out: torch.Tensor, chunk: int | RoundedChunk | None = None) -> tuple[Judgement, bool]:
+        """Of what a launch on ``prepare()`` left; and whether its bits are others than those of launches before.
+
+        ``chunk``: what the error bound is made for.
+        """
         if out.is_cuda:
             torch.cuda.synchronize()
         states = self._states()
@@ -108,7 +117,7 @@ class Truth:
                 return judgement, False
         new = bool(self._judged)
         after = self._sampled.replace(pool=self._sample.states(self._call))
-        judgement = judge(after, self._sample.tokens(out, self._sample.heads), self._reference)
+        judgement = judge(after, self._sample.tokens(out, self._sample.heads), self._exact(chunk))
         self._judged.append((out.clone(), states.clone(), judgement))
         return judgement, new
 

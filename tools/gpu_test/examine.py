@@ -13,16 +13,24 @@ from ...registry.core import Registry
 from ...registry.ops.fused_sigmoid_gating.call import TENSORS
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.varlen.layout import SequenceLayout
-from .calls import bind, call_of, copy_contents, exact, inputs_of, same_bits, wait, written, wrong
+from .calls import (
+    NotApplicableError,
+    able,
+    bind,
+    call_of,
+    copy_contents,
+    exact,
+    inputs_of,
+    same_bits,
+    wait,
+    written,
+    wrong,
+)
 from .cases import REPRESENTATIVE
 
-__all__ = ["NotApplicableError", "capture", "layers", "odd_size", "pinned", "replayed"]
+__all__ = ["capture", "layers", "odd_size", "pinned", "replayed"]
 
 _LAYERS = 8
-
-
-class NotApplicableError(Exception):
-    """The backend does not claim the property; says why not."""
 
 
 def _needs_capture(backend: Backend) -> None:
@@ -33,12 +41,14 @@ def _needs_capture(backend: Backend) -> None:
 def odd_size(backend: Backend, k: int, v: int) -> Iterator[str]:
     """Both gates and both layouts at this K and V, against the reference."""
     base = CaseSpec("", (9, 0, 20, 1, 5), hv=4, k=k, v=v, padded=(4,))
-    for is_kda, layout in ((False, "kv"), (False, "vk"), (True, "kv"), (True, "vk")):
-        spec = base.but(is_kda=is_kda, state_layout=layout)
+    kinds = ((False, "kv"), (False, "vk"), (True, "kv"), (True, "vk"))
+    for spec in able(backend, [base.but(is_kda=is_kda, state_layout=layout) for is_kda, layout in kinds], call_of):
         call = call_of(spec)
-        bind(backend, call)(call)
+        config = backend.configs(call.problem())[0]
+        bind(backend, call, config)(call)
         wait(call)
-        yield from (f"{'kda' if is_kda else 'gdn'} {layout}: {fault}" for fault in wrong(call, exact(spec)))
+        kind = f"{'kda' if spec.is_kda else 'gdn'} {spec.state_layout}"
+        yield from (f"{kind}: {fault}" for fault in wrong(call, exact(spec, backend, config)))
 
 
 def capture(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -58,7 +68,7 @@ def _changed(spec: CaseSpec) -> CaseSpec:
 def replayed(backend: Backend) -> Iterator[str]:
     """A captured launch replayed on other contents of its tensors leaves what an eager one leaves there."""
     _needs_capture(backend)
-    for spec in REPRESENTATIVE:
+    for spec in able(backend, REPRESENTATIVE, call_of):
         captured, after = call_of(spec, seed=1), call_of(_changed(spec), seed=2)
         run = bind(backend, captured, mode="graph")
         run(call_of(spec, seed=3))  # whatever is compiled or loaded lazily
@@ -119,7 +129,7 @@ def _op(backend: Backend) -> Any:
 
 def pinned(backend: Backend) -> Iterator[str]:
     """A runner pinned to one call's shapes leaves on other tensors and contents what the bound one leaves."""
-    for spec in REPRESENTATIVE:
+    for spec in able(backend, REPRESENTATIVE, call_of):
         first = call_of(spec, seed=1)
         run = bind(backend, first)
         pinnable: object = run

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...registry.backend import Backend, Config
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.ops.fused_sigmoid_gating.describe import describe
+from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .cases import CONFIG_CASES
 from .cells import Cell
 from .properties import PROPERTIES
@@ -56,8 +57,13 @@ def compile_for_configs(backends: Sequence[Backend], arch: int) -> list[Task]:
         _compile(backend, case.name, (case, config), config)
         for case in CONFIG_CASES
         for backend in backends
-        for config in backend.configs(describe(_on_device(case), "cuda", arch))
+        for config in _configs(backend, describe(_on_device(case), "cuda", arch))
     ]
+
+
+def _configs(backend: Backend, problem: Problem) -> Sequence[Config]:
+    """None of a problem that it declines."""
+    return backend.configs(problem) if backend.check(problem) else ()
 
 
 def _on_device(case: CaseSpec) -> CaseSpec:
@@ -73,7 +79,7 @@ def compile_for_cells(
     for cell in cells:
         problem = cell.problem(arch)
         for backend in backends:
-            for config in backend.configs(problem)[:first]:
+            for config in _configs(backend, problem)[:first]:
                 key = (cell.kind, backend.name, config)
                 tasks.setdefault(key, _compile(backend, cell.case, (cell, config), config))
     return list(tasks.values())

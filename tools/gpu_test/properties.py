@@ -7,6 +7,7 @@ from functools import partial
 
 from ...registry.backend import Backend
 from . import examine, far, streams
+from .calls import NotApplicableError
 from .cases import ODD_SIZES
 from .task import Outcome, Result
 
@@ -31,5 +32,5 @@ def examine_property(backend: Backend, name: str) -> Result:
     """Passed if the property yields nothing."""
     try:
         return Result.of(list(PROPERTIES[name](backend)))
-    except examine.NotApplicableError as reason:
+    except NotApplicableError as reason:
         return Result(Outcome.SKIPPED, note=str(reason))

@@ -18,6 +18,8 @@ import torch
 import typer
 
 from ...registry import backends as registered
+from ...registry.conformance.subject import chunk_of
+from ...registry.decision import Rejected
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.ops.fused_sigmoid_gating.inputs import make_inputs
@@ -103,10 +105,15 @@ def run_case(name: str, spec: CaseSpec, device: str = "cuda") -> tuple[str, ...]
     """One call with the default config; what is wrong with its results."""
     kwargs: dict[str, Any] = make_inputs(spec).kwargs
     call = canonical_call(**kwargs)
-    ref = reference(call)
     moved = _moved(call, device)
     backend, problem = registered("fused_sigmoid_gating")[name], moved.problem()
-    backend.bind(problem, backend.configs(problem)[0])(moved)
+    verdict = backend.check(problem)
+    if isinstance(verdict, Rejected):
+        typer.echo(f"{spec.name}: declined: {verdict.reason}")
+        return ()
+    config = backend.configs(problem)[0]
+    ref = reference(call, chunk=chunk_of(backend, config))
+    backend.bind(problem, config)(moved)
     if device == "cuda":
         torch.cuda.synchronize()
     after, out = _collected(call, moved)

@@ -11,7 +11,7 @@ import torch
 from ...registry.backend import Backend, Runner
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
-from .calls import bind, call_of, copy_contents, same_bits, written
+from .calls import able, bind, call_of, copy_contents, same_bits, written
 from .cases import DECODE, REPRESENTATIVE
 
 __all__ = ["repeatable_under_load", "two_threads"]
@@ -49,7 +49,7 @@ def _load(stop: threading.Event) -> None:
 
 def repeatable_under_load(backend: Backend) -> Iterator[str]:
     """The same call 50 times beside matrix products and copies on other streams: the bits of a quiet device."""
-    for spec in (*REPRESENTATIVE, _WIDE):
+    for spec in able(backend, (*REPRESENTATIVE, _WIDE), call_of):
         fresh, call = call_of(spec), call_of(spec)
         run = bind(backend, call)
         run(call)

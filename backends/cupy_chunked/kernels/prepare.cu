@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __gr
       record.key_scale[t] = since * small.key_norm[t];
       record.query_scale[t] = since * small.query_norm[t];
       record.keep_scale[t] = left * small.key_norm[t];
-      if (t == CHUNK - 1) record.total = since;
+      if (t == CHUNK - 1) *(float4*)&record.total = {since, 0.0f, 0.0f, 0.0f};
     }
     __syncthreads();  // before the next head's gates and matrix
   }

@@ -58,7 +58,7 @@ class FusedSigmoidGating(HotPath):
 
         Raises:
             ArgumentTypeError: neither arguments nor a problem, or both.
-            BackendFailedError, BackendDeclinedError, NoBackendError, UnknownNameError, ForkedProcessError.
+            BackendFailedError, BackendDeclinedError, NoBackendError, UnknownNameError, ForkedProcessError: as a call.
         """
         kwargs.pop("validate", None)
         if (problem is None) is not bool(args or kwargs):

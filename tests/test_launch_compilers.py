@@ -244,7 +244,7 @@ def test_a_kernel_is_found_again_by_source_options_architecture(monkeypatch):
     from isokern.backends.cupy import compiling
 
     made = []
-    monkeypatch.setattr(compiling, "_cubin", lambda options: made.append(options) or b"code")
+    monkeypatch.setattr(compiling, "cubin", lambda text, name, options: made.append(options) or b"code")
     compiler = cupy_compiler(DECODE)
     for arch in (90, 90, 100):
         replace(compiler, arch=arch).image(Variant(None, wide=True))
@@ -254,6 +254,32 @@ def test_a_kernel_is_found_again_by_source_options_architecture(monkeypatch):
     monkeypatch.setattr(compiling, "source", lambda: "another source")
     compiler.image(Variant(None, wide=True))
     assert len(made) == 4
+
+
+def test_the_chunked_kernels_are_compiled_once_for_what_each_looks_at(monkeypatch):
+    """The first kernel is one for all configs and pools; both are compiled ahead for dense tensors."""
+    from isokern.backends.cupy_chunked import compiling
+    from isokern.backends.cupy_chunked.backend import CupyChunked
+    from isokern.backends.cupy_chunked.launcher import compilers
+
+    made = []
+    monkeypatch.setattr(compiling, "cubin", lambda text, name, options: made.append(name) or b"code")
+    for spec in (DECODE, DECODE.but(state_dtype="bfloat16")):
+        problem = problem_of(spec)
+        for config in CupyChunked().configs(problem):
+            for compiler in compilers(problem, config, CupyChunked.pieces):
+                for variant in compiler.expected():
+                    image = compiler.image(variant)
+                    assert image.shared == (
+                        compiler.specialization.prepare_bytes
+                        if compiler.kernel == "prepare"
+                        else compiler.specialization.scan_bytes
+                    )
+    configs = CupyChunked().configs(problem_of(DECODE))
+    assert made.count("prepare.cu") == 1
+    assert made.count("scan.cu") == 2 * len(configs) > 2
+    odd = compilers(problem_of(DECODE.but(strides="any")), configs[0], CupyChunked.pieces)
+    assert [compiler.expected() for compiler in odd] == [(), ()]
 
 
 # ---- Numba

@@ -25,8 +25,9 @@ from isokern.autotune.warmup import HOOKS, PlannedProblem, WarmupPlan, arch_of, 
 from isokern.backends.external.adapter import Adapter
 from isokern.cache import Layer, Store
 from isokern.errors import IsokernError
-from isokern.registry.backend import Backend, Config
+from isokern.registry.backend import Backend, Config, RoundedChunk
 from isokern.registry.conformance.gate import gate
+from isokern.registry.conformance.subject import chunk_of
 from isokern.registry.decision import Rejected
 from isokern.registry.ops.fused_sigmoid_gating.call import Call
 from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin
@@ -56,11 +57,12 @@ Launch = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the cell's calls."""
+    """One way to run the cell's calls. ``chunk``: what the error bound that it is held to is made for."""
 
     config: str
     launch: Launch
     calls: Sequence[Any]
+    chunk: int | RoundedChunk | None = None
 
 
 class Bench:
@@ -234,7 +236,8 @@ def _configs_of(backend: Backend, bench: Bench, first: int | None) -> dict[str, 
     faults = []
     for config in configs:
         try:
-            candidates[config.label] = Candidate(config.label, backend.bind(problem, config), calls)
+            run = backend.bind(problem, config)
+            candidates[config.label] = Candidate(config.label, run, calls, chunk_of(backend, config))
         except IsokernError as error:
             faults.append(str(error)[:600])
     row, judged = _timed(bench, backend.name, candidates)
@@ -253,7 +256,7 @@ def _timed(bench: Bench, who: str, candidates: dict[str, Candidate]) -> tuple[di
     for label, candidate in candidates.items():
         bench.truth.restore()
         try:
-            verdict = bench.truth.judge(candidate.launch(candidate.calls[0]))
+            verdict = bench.truth.judge(candidate.launch(candidate.calls[0]), candidate.chunk)
         except IsokernError as error:
             faults.append(str(error)[:600])
             continue

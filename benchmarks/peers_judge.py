@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import torch
 
+from isokern.registry.backend import RoundedChunk
 from isokern.registry.ops.fused_sigmoid_gating.call import Call
 from isokern.registry.ops.fused_sigmoid_gating.judge import Judgement, judge
-from isokern.registry.ops.fused_sigmoid_gating.reference import reference
+from isokern.registry.ops.fused_sigmoid_gating.reference import Reference, reference
 from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 
 __all__ = ["SAME_JOB", "Truth"]
@@ -49,7 +50,7 @@ class Truth:
         self._start = call.pool[self._all_slots].clone()
         kept = torch.where(torch.tensor(whole), torch.arange(len(chosen)), -1)
         self._sample = self._sampled(call, lengths).replace(write_slots=kept.to(torch.int32))
-        self._reference = reference(self._sample)
+        self._references: dict[int | RoundedChunk | None, Reference] = {}
 
     def _take(self, tensor: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         return tensor[:, self._rows][:, :, heads].cpu()
@@ -86,9 +87,11 @@ class Truth:
         assert self._call.pool is not None
         self._call.pool[self._all_slots] = self._start
 
-    def judge(self, out: torch.Tensor) -> Judgement:
-        """Of what a run on the restored call left."""
+    def judge(self, out: torch.Tensor, chunk: int | RoundedChunk | None = None) -> Judgement:
+        """Of what a run on the restored call left, by the bound of chunked forms if ``chunk`` says so."""
+        if chunk not in self._references:
+            self._references[chunk] = reference(self._sample, chunk=chunk)
         if out.is_cuda:
             torch.cuda.synchronize()
         after = self._sample.replace(pool=self._states(), write_slots=self._sample.write_slots)
-        return judge(after, self._take(out, self._heads), self._reference)
+        return judge(after, self._take(out, self._heads), self._references[chunk])

@@ -3,6 +3,7 @@
 #   make warmup [MODEL=qwen3-next-80b-a3b] [TP=1] [ARGS="--tier full"]
 #   make test   [ARGS="-k varlen"] [JOBS=2]     the GPU backends included, on CPU engines
 #   make lint   ruff, and strict mypy on an installed wheel
+#   make docs   the documentation site, in site/ (to search in it: python -m http.server -d site)
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -17,7 +18,7 @@ ARGS   ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: warmup test lint clean
+.PHONY: warmup test lint docs clean
 
 warmup: .venv/ready-run
 	$(BIN)/isokern warmup --model $(MODEL) --tp $(TP) $(ARGS)
@@ -30,6 +31,10 @@ lint: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/mypy_wheel.py
 
+# The variable silences a notice about the theme's successor.
+docs: .venv/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # A torch that is already installed is seen through, so nobody downloads a second one.
 .venv/bin/python:
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
@@ -37,6 +42,10 @@ lint: .venv/ready-dev
 
 .venv/ready-run: .venv/torch
 	$(PIP) --editable ".[numba]"
+	@touch $@
+
+.venv/ready-docs: .venv/torch
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 .venv/ready-%: .venv/torch
@@ -49,4 +58,4 @@ lint: .venv/ready-dev
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

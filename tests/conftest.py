@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 #: With several test processes, modules of one group run in one of them, one after another.
 GROUPS = {
     "timing": ("test_race", "test_screen", "test_tuner", "test_warmup", "test_worker", "test_fleet"),  # measure or wait
-    "checkout": ("test_docs", "test_package"),  # build in the checkout
+    "checkout": ("test_docs", "test_package", "test_site"),  # build in the checkout
 }
 #: Modules of which one run, per engine where they name one, answers several tests.
 SHARED = ("test_errors", "test_faults", "test_triton_engine")

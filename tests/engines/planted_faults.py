@@ -252,7 +252,7 @@ CUPY_CHUNKED: dict[str, tuple[str, str, str, str, str]] = {
     "a state that does not decay": ("kernels/scan.cu", "state[i][c] *= total;", ";", "values", "chunks"),
     "outputs of the state not decayed": (
         "kernels/scan.cu",
-        "z[2 * half] *= queries.x,",
+        "z[2 * half] *= scales.x,",
         "z[2 * half] *= 1.0f,",
         "values",
         "chunks",

@@ -106,16 +106,24 @@ __device__ __forceinline__ int64 sequence_of(const Arguments& p, int64 slot) {
 }
 
 // Rows of a tile of `PITCH` elements each, of which PADDED are written: zeros beyond `live` rows and `wanted` columns.
-// WIDE: rows are aligned to 16 bytes, and `wanted` is a multiple of 8.
+// WIDE: rows are aligned to 16 bytes, and `wanted` is a multiple of 8. A thread has eight columns, and of every so many
+// rows one: its addresses differ by a constant.
 template <int PADDED, int PITCH, int THREADS>
 __device__ __forceinline__ void stage(Tile<PITCH>& tile, const Io* from, const Tokens& x, int live, int wanted) {
-  constexpr int PARTS = PADDED / 8;
-  for (int i = threadIdx.x; i < CHUNK * PARTS; i += THREADS) {
-    const int row = i / PARTS, column = i % PARTS * 8, to = row * PITCH + column;
+  constexpr int PARTS = PADDED / 8, ROWS = THREADS / PARTS;
+  static_assert(ROWS >= 1, "a thread for every eight columns");
+  const int first = threadIdx.x / PARTS, column = threadIdx.x % PARTS * 8;
+  if (THREADS % PARTS != 0 && first >= ROWS) return;
+  const int to = first * PITCH + column;
+  const int64 step = ROWS * x.time;
+  const Io* at = from + first * x.time + column * x.element;
+#pragma unroll
+  for (int i = 0; i < (CHUNK + ROWS - 1) / ROWS; i++, at += step) {
+    const int row = first + i * ROWS;
+    if (CHUNK % ROWS != 0 && row >= CHUNK) break;
     const bool there = row < live && column < wanted;
-    const Io* const at = from + (there ? row : 0) * x.time + (there ? column : 0) * x.element;
     if constexpr (Shape::WIDE && IO_PIECES == 1) {
-      copy_async<16>(&tile[0][to], at, there);
+      copy_async<16>(&tile[0][to + i * ROWS * PITCH], at, there);  // reads nothing unless `there`
     } else {
       Raw<Io, 8> values;
       values.template load<Shape::WIDE, INPUT>(at, x.element, there ? wanted - column : 0);
@@ -124,7 +132,7 @@ __device__ __forceinline__ void stage(Tile<PITCH>& tile, const Io* from, const T
       for (int j = 0; j < 4; j++) split(words[j], values.get(2 * j), values.get(2 * j + 1));
 #pragma unroll
       for (int p = 0; p < IO_PIECES; p++)
-        *(uint4*)&tile[p][to] = {words[0][p], words[1][p], words[2][p], words[3][p]};
+        *(uint4*)&tile[p][to + i * ROWS * PITCH] = {words[0][p], words[1][p], words[2][p], words[3][p]};
     }
   }
 }

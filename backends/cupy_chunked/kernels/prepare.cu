@@ -97,14 +97,17 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __gr
   // k_t . k_s and q_t . k_s, and the squares of this warp's rows on the way.
   float kk[2 * BLOCKS][4] = {}, qk[2 * BLOCKS][4] = {};
   float key_squares[2] = {}, query_squares[2] = {};
+  const Shared key_columns = at_right<P>(tiles.keys[0], lane);
+  const Shared key_rows = at_left<P>(tiles.keys[0] + 16 * warp * P, lane);
+  const Shared query_rows = at_left<P>(tiles.queries[0] + 16 * warp * P, lane);
 #pragma unroll
   for (int i = 0; i < Shape::KEYS; i += 16) {
     Factor<IO_PIECES> k_rows, q_rows;
     unsigned columns[IO_PIECES][4];
 #pragma unroll
     for (int r = 0; r < IO_PIECES; r++) {
-      load_matrices(k_rows.piece[r], at_left<P>(tiles.keys[r] + 16 * warp * P + i, lane));
-      load_matrices(q_rows.piece[r], at_left<P>(tiles.queries[r] + 16 * warp * P + i, lane));
+      load_matrices(k_rows.piece[r], key_rows + beyond<P>(r * CHUNK, i));
+      load_matrices(q_rows.piece[r], query_rows + beyond<P>(r * CHUNK, i));
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -116,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __gr
       if (j > warp) continue;
 #pragma unroll
       for (int r = 0; r < IO_PIECES; r++)
-        load_matrices(columns[r], at_right<P>(tiles.keys[r] + 16 * j * P + i, lane));
+        load_matrices(columns[r], key_columns + beyond<P>(r * CHUNK + 16 * j, i));
       multiply(kk[2 * j], kk[2 * j + 1], k_rows, columns);
       multiply(qk[2 * j], qk[2 * j + 1], q_rows, columns);
     }

@@ -115,6 +115,8 @@ __device__ __forceinline__ void step(Columns& state, const Stage& s, Io* out, co
   constexpr int P = Shape::PITCH, PV = Shape::VALUE_PITCH;
   const int q = lane % 4, warp = threadIdx.x / 32;
   float u[2 * BLOCKS][4] = {}, o[2 * BLOCKS][4] = {};
+  const Shared keys = at_right<P>(s.keys[0], lane), queries = at_right<P>(s.queries[0], lane);
+  const Shared values = at_right<PV>(s.values[0] + 16 * warp, lane), key_rows = at_left<P>(s.keys[0], lane);
   unsigned matrix[IO_PIECES][4], block[Shape::PIECES][4];
   Factor<Shape::PIECES> factor, residual[BLOCKS];
 
@@ -126,11 +128,11 @@ __device__ __forceinline__ void step(Columns& state, const Stage& s, Io* out, co
       if (16 * j >= live) continue;
 #pragma unroll
       for (int r = 0; r < IO_PIECES; r++)
-        load_matrices(matrix[r], at_right<P>(s.keys[r] + 16 * j * P + 16 * i, lane));
+        load_matrices(matrix[r], keys + beyond<P>(r * CHUNK + 16 * j, 16 * i));
       multiply(u[2 * j], u[2 * j + 1], factor, matrix);
 #pragma unroll
       for (int r = 0; r < IO_PIECES; r++)
-        load_matrices(matrix[r], at_right<P>(s.queries[r] + 16 * j * P + 16 * i, lane));
+        load_matrices(matrix[r], queries + beyond<P>(r * CHUNK + 16 * j, 16 * i));
       multiply(o[2 * j], o[2 * j + 1], factor, matrix);
     }
   }
@@ -138,11 +140,11 @@ __device__ __forceinline__ void step(Columns& state, const Stage& s, Io* out, co
   for (int j = 0; j < BLOCKS; j++) {
 #pragma unroll
     for (int r = 0; r < IO_PIECES; r++)
-      load_transposed(matrix[r], at_right<PV>(s.values[r] + 16 * j * PV + 16 * warp, lane));
+      load_transposed(matrix[r], values + beyond<PV>(r * CHUNK + 16 * j, 0));
 #pragma unroll
     for (int side = 0; side < 2; side++) {
       const float2 scale = pair_of(s.record.key_scale, 2 * j + side, q);
-      const float2 queries = pair_of(s.record.query_scale, 2 * j + side, q);
+      const float2 scales = pair_of(s.record.query_scale, 2 * j + side, q);
       float(&y)[4] = u[2 * j + side];
       float(&z)[4] = o[2 * j + side];
 #pragma unroll
@@ -154,7 +156,7 @@ __device__ __forceinline__ void step(Columns& state, const Stage& s, Io* out, co
         residual[j].set(2 * side + half, fmaf(-scale.x, y[2 * half], first),
                         fmaf(-scale.y, y[2 * half + 1], second));
         y[2 * half] = y[2 * half + 1] = 0.0f;
-        z[2 * half] *= queries.x, z[2 * half + 1] *= queries.y;
+        z[2 * half] *= scales.x, z[2 * half + 1] *= scales.y;
       }
     }
   }
@@ -197,7 +199,7 @@ __device__ __forceinline__ void step(Columns& state, const Stage& s, Io* out, co
     for (int i = 0; i < Shape::KEYS / 16; i++) {
 #pragma unroll
       for (int r = 0; r < IO_PIECES; r++)
-        load_transposed(matrix[r], at_left<P>(s.keys[r] + 16 * j * P + 16 * i, lane));
+        load_transposed(matrix[r], key_rows + beyond<P>(r * CHUNK + 16 * j, 16 * i));
       multiply(state[2 * i], state[2 * i + 1], factor, matrix);
     }
   }

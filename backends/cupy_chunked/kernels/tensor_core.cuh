@@ -12,17 +12,18 @@
 #pragma once
 
 #ifndef CUDA_ON_CPU
+using Shared = unsigned;  // an address in shared memory, in bytes: one register, and what is added to it an immediate
+__device__ __forceinline__ Shared shared_of(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
 // Four 8 x 8 matrices from shared memory; lane i gives the address of row i % 8 of matrix i / 8. Lane (g, q) gets of
 // each the pair (g, 2q..), or, transposed, (2q.., g).
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
 }
-__device__ __forceinline__ void load_transposed(unsigned (&r)[4], const void* row) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+__device__ __forceinline__ void load_transposed(unsigned (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
 }
 // c += a b, products exact, sums in float32.
 __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -90,11 +91,15 @@ __device__ __forceinline__ void multiply(float (&c)[4], float (&d)[4], const Fac
       if (p + r < 3) multiply(c, x.piece[p], b[r][0], b[r][1]), multiply(d, x.piece[p], b[r][2], b[r][3]);
 }
 
-// Where lane `lane` points for a 16 x 16 matrix at (row, column) of a tile in shared memory: for a left factor, for a
-// right factor whose columns are the tile's rows, and for a right factor as it lies (transposed when loaded).
-template <int PITCH> __device__ __forceinline__ const bfloat16* at_left(const bfloat16* tile, int lane) {
-  return tile + ((lane & 7) + (lane & 8)) * PITCH + (lane & 16) / 2;
+// Where lane `lane` points for the first 16 x 16 matrix of a tile in shared memory: for a left factor, or a right
+// factor as it lies (transposed when loaded); and for a right factor whose columns are the tile's rows. Others are
+// `beyond` it.
+template <int PITCH> __device__ __forceinline__ Shared at_left(const bfloat16* tile, int lane) {
+  return shared_of(tile + ((lane & 7) + (lane & 8)) * PITCH + (lane & 16) / 2);
 }
-template <int PITCH> __device__ __forceinline__ const bfloat16* at_right(const bfloat16* tile, int lane) {
-  return tile + ((lane & 7) + (lane & 16) / 2) * PITCH + (lane & 8);
+template <int PITCH> __device__ __forceinline__ Shared at_right(const bfloat16* tile, int lane) {
+  return shared_of(tile + ((lane & 7) + (lane & 16) / 2) * PITCH + (lane & 8));
+}
+template <int PITCH> __device__ __forceinline__ constexpr int beyond(int row, int column) {
+  return (int)sizeof(bfloat16) * (row * PITCH + column);
 }

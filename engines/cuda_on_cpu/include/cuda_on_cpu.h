@@ -202,14 +202,16 @@ inline float bfloat_to_float(unsigned bits) { return __uint_as_float(bits << 16)
 inline unsigned bfloat_pair(float first, float second) {
   return float_to_bfloat(first) | (unsigned)float_to_bfloat(second) << 16;
 }
-inline void load_matrices(unsigned (&r)[4], const void* row) {
+using Shared = const char*;
+inline Shared shared_of(const void* p) { return (Shared)p; }
+inline void load_matrices(unsigned (&r)[4], Shared row) {
   const unsigned lane = cuda_on_cpu::now.lane;
   for (unsigned m = 0; m < 4; m++) {
     const auto at = (const unsigned short*)cuda_on_cpu::exchange(~0u, (uint64_t)row, 8 * m + lane / 4) + 2 * (lane % 4);
     r[m] = at[0] | (unsigned)at[1] << 16;
   }
 }
-inline void load_transposed(unsigned (&r)[4], const void* row) {
+inline void load_transposed(unsigned (&r)[4], Shared row) {
   const unsigned lane = cuda_on_cpu::now.lane;
   for (unsigned m = 0; m < 4; m++) {
     const auto first = (const unsigned short*)cuda_on_cpu::exchange(~0u, (uint64_t)row, 8 * m + 2 * (lane % 4));

@@ -13,7 +13,17 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .decision import Verdict
 
-__all__ = ["Backend", "Config", "Pinnable", "Pinned", "RoundedChunk", "Runner", "Scalar", "fingerprint_files"]
+__all__ = [
+    "Backend",
+    "Config",
+    "Pinnable",
+    "Pinned",
+    "RoundedChunk",
+    "Runner",
+    "Scalar",
+    "fingerprint_files",
+    "works_in_chunks",
+]
 
 Scalar = int | float | bool | str
 
@@ -156,3 +166,8 @@ class Backend(ABC):
         except PackageNotFoundError as error:
             versions = {str(error.name): "not installed"}  # it is registered all the same, and declines
         return fingerprint_files(self.sources(), versions)
+
+
+def works_in_chunks(backend: Backend) -> bool:
+    """Whether its error bound is one of chunked forms: its configs then say how long a ``chunk`` is."""
+    return getattr(backend, "accuracy", "recurrent") in ("chunked", "rounded")

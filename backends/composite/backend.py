@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ...registry.backend import Backend, Config, Runner, fingerprint_files
+from ...registry.backend import Backend, Config, Runner, fingerprint_files, works_in_chunks
 from ...registry.decision import Accepted, RejectCode, Rejected, Verdict
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from ...registry.varlen.classes import LengthClass
-from .part import Part, is_chunked
+from .part import Part
 from .profiles import long_part, short_part
 from .space import configs, sides_of
 from .streams import SideStreams
@@ -71,7 +71,7 @@ class Composite(Backend):
             return self.priority
         sides = sides_of(self.parts(), problem)
         short, long = sides.for_short[0], sides.for_long[0]
-        if short is long or not is_chunked(long):
+        if short is long or not works_in_chunks(long):
             return self.priority
         return 1 + max(b.rank(problem) for b in self.parts().values())
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ...registry.backend import Backend, Config
+from ...registry.backend import Backend, Config, works_in_chunks
 from ...registry.decision import Accepted
 from ...registry.plugins import checked
 
@@ -35,17 +35,12 @@ class Part:
     @classmethod
     def of(cls, backend: Backend, config: Config) -> Self:
         """``backend`` as it runs ``config``. Of a chunked one the config is named: its chunk is part of a promise."""
-        return cls(backend.name, config.label if is_chunked(backend) else "")
-
-
-def is_chunked(backend: Backend) -> bool:
-    """Whether it is held to the error bound of chunked forms."""
-    return backend.accuracy == "chunked"
+        return cls(backend.name, config.label if works_in_chunks(backend) else "")
 
 
 def chunk_of(backend: Backend, config: Config) -> int:
     """Tokens per chunk of the error bound that ``backend`` is held to; 0 where it works token by token."""
-    return int(config["chunk"]) if is_chunked(backend) else 0
+    return int(config["chunk"]) if works_in_chunks(backend) else 0
 
 
 def capable(backends: Iterable[Backend], problem: Any) -> list[Backend]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
-from ...registry.backend import Backend, Config
+from ...registry.backend import Backend, Config, works_in_chunks
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
-from .part import Part, capable, chunk_of, is_chunked
+from .part import Part, capable, chunk_of
 from .profiles import long_part, short_part, thresholds
 
 __all__ = ["MOST_CONFIGS", "Sides", "configs", "sides_of"]
@@ -35,12 +35,12 @@ class Sides:
     @property
     def chunked(self) -> tuple[Backend, ...]:
         """Those of the long part that work in chunks."""
-        return tuple(b for b in self.for_long if is_chunked(b))
+        return tuple(b for b in self.for_long if works_in_chunks(b))
 
     @property
     def walking(self) -> tuple[Backend, ...]:
         """Those of the long part that work token by token."""
-        return tuple(b for b in self.for_long if not is_chunked(b))
+        return tuple(b for b in self.for_long if not works_in_chunks(b))
 
     @property
     def pair(self) -> tuple[Backend, Backend]:
@@ -76,7 +76,7 @@ def _tried(sides: Sides, problem: Problem) -> Iterator[Config]:
         yield _config(sides, first, second, lines[0], streams)
     for line in lines[1:]:
         yield _config(sides, first, second, line, most)
-    for config in second.configs(sides.long)[1 : 1 + _FEW] if is_chunked(second) else ():
+    for config in second.configs(sides.long)[1 : 1 + _FEW] if works_in_chunks(second) else ():
         yield _config(sides, first, second, lines[0], most, config)
     for short, long in (
         *((first, long) for long in sides.walking[:1]),

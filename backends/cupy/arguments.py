@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 
-__all__ = ["ARGUMENT_BYTES", "pack", "template"]
+__all__ = ["ARGUMENT_BYTES", "filled", "pack", "template"]
 
 #: Tensors in the order of the struct's addresses, with which it begins.
 _ADDRESSES = (
@@ -64,11 +65,15 @@ def template(call: Call) -> tuple[bytes, tuple[tuple[int, int], ...]]:
 def pack(call: Call, out: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     """The argument, as an array of one element that is passed by value. Reads no device memory."""
     call = call if call.out is out else call.replace(out=out)
-    block, places = template(call)
-    filled = bytearray(block)
+    return np.frombuffer(filled(call, *template(call)), _ONE)
+
+
+def filled(call: Call, block: bytes, places: Iterable[tuple[int, int]]) -> bytearray:
+    """A template with the addresses of the call's tensors in their places."""
+    argument = bytearray(block)
     for index, at in places:
-        struct.pack_into("=q", filled, at, getattr(call, TENSORS[index]).data_ptr())
-    return np.frombuffer(filled, _ONE)
+        struct.pack_into("=q", argument, at, getattr(call, TENSORS[index]).data_ptr())
+    return argument
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

@@ -16,12 +16,12 @@ from ..launch.image import Image
 from .arguments import RECORDS_AT, VECTORS, aligned, slots, template
 from .specialization import Specialization
 
-__all__ = ["FOLDER", "KERNELS", "PREPARE_THREADS", "ChunkedCompiler", "grid", "source", "sources"]
+__all__ = ["FOLDER", "KERNELS", "ChunkedCompiler", "block", "grid", "source", "sources"]
 
 FOLDER = Path(__file__).parent / "kernels"
 #: In the order they run in.
 KERNELS = ("prepare", "scan")
-PREPARE_THREADS = 128
+_PREPARE_THREADS = 128
 #: Blocks along the grid's y axis; beyond, they go on along z.
 _GRID_Y = 65535
 
@@ -41,6 +41,13 @@ def grid(kernel: str, specialization: Specialization, call: Call) -> tuple[int, 
     """Blocks: of the first kernel per query/key head and chunk, of the second per tile, value head and sequence."""
     x, rest = (call.h, slots(call)) if kernel == "prepare" else (specialization.tiles * call.hv, call.n)
     return x, min(rest, _GRID_Y), -(-rest // _GRID_Y)
+
+
+def block(kernel: str, specialization: Specialization) -> tuple[int, int]:
+    """Threads of a block, and bytes of dynamic shared memory."""
+    if kernel == "prepare":
+        return _PREPARE_THREADS, specialization.prepare_bytes
+    return 32 * specialization.warps, specialization.scan_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +75,11 @@ class ChunkedCompiler:
         path = file_of("cupy_chunked", (source(self.kernel), str(options), nvrtc_version()))
         if fresh:
             discard(path)
-        threads = PREPARE_THREADS if self.kernel == "prepare" else 32 * special.warps
-        shared = special.prepare_bytes if self.kernel == "prepare" else special.scan_bytes
         return cached(
-            path, lambda: Image(cubin(source(self.kernel), f"{self.kernel}.cu", options), self.kernel, threads, shared)
+            path,
+            lambda: Image(
+                cubin(source(self.kernel), f"{self.kernel}.cu", options), self.kernel, *block(self.kernel, special)
+            ),
         )
 
     def errors(self) -> tuple[type[Exception], ...]:

@@ -27,7 +27,7 @@ from ..cupy.compiling import NVRTC_OPTIONS
 from ..cupy.resources import reported, resident_warps
 from ..resource_rows import Job, Key, Row, compile_rows, text_of
 from .backend import CupyChunked
-from .compiling import KERNELS, PREPARE_THREADS, source, sources
+from .compiling import KERNELS, block, source, sources
 from .configs import configs, shared_limit
 from .specialization import Specialization
 
@@ -65,11 +65,10 @@ def measure(problem: Problem, config: Config) -> Row:
     special = Specialization.of(problem, config, CupyChunked.pieces)
     row: list[int] = []
     for kernel in KERNELS:
-        first = kernel == "prepare"
         macros = special.options(kernel, wide=True)
         registers, spills, static = reported(source(kernel), f"{kernel}.cu", macros, problem.arch)
-        shared = static + (special.prepare_bytes if first else special.scan_bytes)
-        threads = PREPARE_THREADS if first else 32 * special.warps
+        threads, dynamic = block(kernel, special)
+        shared = static + dynamic
         warps = resident_warps(threads, registers, shared, shared_limit(problem.arch) + 1024)
         row += [registers, spills, shared, warps]
     return tuple(row)

@@ -12,13 +12,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from ...backends.cupy.arguments import filled
 from ...backends.cupy_chunked.arguments import RECORDS_AT, VECTORS, aligned, records, template
 from ...backends.cupy_chunked.backend import CupyChunked, CupyChunkedBf16
-from ...backends.cupy_chunked.compiling import KERNELS, PREPARE_THREADS, grid, source
+from ...backends.cupy_chunked.compiling import KERNELS, block, grid, source
 from ...backends.cupy_chunked.specialization import Specialization
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import RejectCode, Rejected, Verdict
-from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
+from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .engine import CudaOnCpu, watch_also
 from .raw_kernel import CpuRawKernel
@@ -82,18 +83,13 @@ class _Launches:
             return out
         special = self.specialization
         workspace = torch.full((records(call, special.pieces),), 0xFF, dtype=torch.uint8)
-        block, places = template(call)
-        filled = bytearray(block)
-        for index, at in places:
-            struct.pack_into("=q", filled, at, getattr(call, TENSORS[index]).data_ptr())
-        struct.pack_into("=q", filled, RECORDS_AT, workspace.data_ptr())
-        argument = np.frombuffer(filled, np.dtype((np.void, len(filled))))
+        words = filled(call, *template(call))
+        struct.pack_into("=q", words, RECORDS_AT, workspace.data_ptr())
+        argument = np.frombuffer(words, np.dtype((np.void, len(words))))
         wide = aligned(call) and all(t is None or t.data_ptr() % 16 == 0 for t in (getattr(call, v) for v in VECTORS))
         with watch_also("workspace", workspace):
             for kernel in KERNELS:
-                first = kernel == "prepare"
-                threads = PREPARE_THREADS if first else 32 * special.warps
-                shared = special.prepare_bytes if first else special.scan_bytes
+                threads, shared = block(kernel, special)
                 _kernel(kernel, special, wide)(grid(kernel, special, call), (threads, 1, 1), (argument,), shared)
         return out
 

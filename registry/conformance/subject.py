@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..backend import Backend, Config, RoundedChunk, Runner
+from ..backend import Backend, Config, RoundedChunk, Runner, works_in_chunks
 from ..decision import Accepted, RejectCode, Rejected, Verdict
 from .check import BackendRaised, Check, Declined, Needs, PredicateFault, Violation
 from .exceptions import NO_EXCEPTIONS, Exceptions
 
-__all__ = ["CanonicalCall", "Engine", "Subject", "chunk_of", "works_in_chunks"]
+__all__ = ["CanonicalCall", "Engine", "Subject", "chunk_of"]
 
 
 class CanonicalCall(Protocol):
@@ -36,11 +36,6 @@ class Engine(Protocol):
 
     def schedules(self) -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
         """Thread schedules by name; results must not depend on them."""
-
-
-def works_in_chunks(backend: Backend) -> bool:
-    """Whether its error bound is one of chunked forms."""
-    return getattr(backend, "accuracy", "recurrent") in ("chunked", "rounded")
 
 
 def chunk_of(backend: Backend, config: Config) -> int | RoundedChunk | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,7 @@ def explain(
     tp: TpOption = 1,
     device: DeviceOption = "auto",
     backend: Annotated[str | None, typer.Option(help="as if called with backend=")] = None,
+    accuracy: Annotated[str | None, typer.Option(help="as if under registry.use(..., accuracy=)")] = None,
     root: RootOption = None,
     imports: ImportOption = None,
 ) -> None:
@@ -91,8 +93,10 @@ def explain(
     import_backends(imports)
     if root is not None:
         registry.use_store(Store.default(root))
-    problem = _problem(model, tp, case, device)
-    decision = registry.default.dispatcher(OP).decide(problem, backend)
+    dispatcher = registry.default.dispatcher(OP)
+    with nullcontext() if accuracy is None else registry.use(OP, accuracy=accuracy):
+        problem = dispatcher.under_policy(_problem(model, tp, case, device))
+        decision = dispatcher.decide(problem, backend)
     out = console()
     for part in explanation(decision, registry.default, problem):
         out.print(part, markup=False, highlight=False)

@@ -54,6 +54,10 @@ def warmup(
     policy: Annotated[
         list[Policy] | None, typer.Option(help="launch mode to tune for; repeatable; all that the device has")
     ] = None,
+    accuracy: Annotated[
+        str | None,
+        typer.Option(help="float32, or rounded: also try what rounds operands to bfloat16; default: as calls here do"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and its time, tune nothing")] = False,
     budget: Annotated[float | None, typer.Option(help="start no further problem after so many seconds")] = None,
     devices: Annotated[
@@ -74,7 +78,8 @@ def warmup(
     """
     from .. import registry
     from ..cache.store import Store
-    from ..cli import console, import_backends
+    from ..cli import OP, console, import_backends
+    from ..registry.accuracy import require
     from ..registry.ops.fused_sigmoid_gating.workloads import load_workloads
     from .fleet_cli import find_venue, ranks_of, run_on
     from .merge import save_plan
@@ -83,13 +88,15 @@ def warmup(
     from .worth import most_valuable_first
 
     import_backends(imports)
+    under = registry.default.dispatcher(OP).policy() if accuracy is None else require("--accuracy", accuracy)
     venue = find_venue(device, devices, ray)
     cases = None if workloads is None else load_workloads(workloads)
     if root is not None:
         registry.use_store(Store.default(root))
     with ranks_of(venue) as exchange:
         out = console() if exchange is None or exchange.rank == 0 else Console(quiet=True)
-        plan = plan_warmup(model, tp, cases, device, tier=tier if cases is None else Tier.FULL, policies=policy)
+        how_much = tier if cases is None else Tier.FULL
+        plan = plan_warmup(model, tp, cases, device, tier=how_much, policies=policy, accuracy=under)
         plan = replace(plan, problems=most_valuable_first(plan.problems))
         tuners = exchange.size if exchange is not None else max(1, len(venue.slots))
         if dry_run:

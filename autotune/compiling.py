@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Self
 
+from ..registry.accuracy import DEFAULT
 from .candidates import Candidate
 from .recipe import ProblemRecipe
 from .tuner import Task
@@ -45,13 +46,16 @@ class Compilation:
 
 
 def compilations(fields: Iterable[tuple[Task, Sequence[Candidate]]]) -> list[Compilation]:
-    """What is to be compiled for these problems and their candidates, in their order; launch modes share kernels."""
+    """What is to be compiled for these problems and their candidates, in their order.
+
+    Launch modes share kernels, and so do policies.
+    """
     shared: dict[tuple[str, Any], tuple[Candidate, int, dict[Any, ProblemRecipe]]] = {}
     for task, candidates in fields:
-        problem, recipe = task.problem, replace(task.recipe, mode="eager")
+        problem, recipe = task.problem, replace(task.recipe, mode="eager", accuracy=DEFAULT)
         one_token = problem.profile.longest == 1
         # What kernels are rarely specialised on: how much there is of everything.
-        family = (one_token, replace(problem, mode="eager", profile=None, h=0, hv=0))
+        family = (one_token, replace(problem, mode="eager", accuracy=DEFAULT, profile=None, h=0, hv=0))
         for candidate in candidates:
             _, _, recipes = shared.setdefault((candidate.name, family), (candidate, problem.arch, {}))
             recipes[recipe.case] = recipe

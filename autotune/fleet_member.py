@@ -148,7 +148,7 @@ class Member:
         environment = self.environment
         if environment.device == "cpu":
             return
-        problems = [describe(r.case, environment.device, arch_of(environment), r.mode) for r in recipes]
+        problems = [describe(r.case, environment.device, arch_of(environment), r.mode, r.accuracy) for r in recipes]
         tasks = [Task(recipe, problem) for recipe, problem in zip(recipes, problems, strict=True)]
         fields = [(task, admit(self.registry, self.config.op, task.problem).candidates) for task in tasks]
         self.compilers.submit(compilations(fields))
@@ -158,7 +158,8 @@ class Member:
 
     def _tune(self, recipe: ProblemRecipe, progress: Progress) -> dict[str, Any]:
         began = time.monotonic()
-        problem = describe(recipe.case, self.environment.device, arch_of(self.environment), recipe.mode)
+        environment = self.environment
+        problem = describe(recipe.case, environment.device, arch_of(environment), recipe.mode, recipe.accuracy)
         entry, error = None, ""
         with device_lock(self.config.lock, progress.note):
             self.store.refresh()  # whoever held the lock before may have tuned this very problem
@@ -167,7 +168,7 @@ class Member:
                     Task(recipe, problem),
                     registry=self.registry,
                     store=self.store,
-                    environment=self.environment,
+                    environment=environment,
                     workers=self.workers,
                     settings=self.settings,
                     progress=progress,

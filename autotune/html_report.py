@@ -20,6 +20,7 @@ from ..cache.files import list_directory, write_atomic
 from ..cache.found import Located
 from ..cache.journal import Journal
 from ..cache.store import Store
+from ..registry.accuracy import DEFAULT, policy_of
 from . import html_report_plots as plots
 from .candidates import PREDICATE_CODES
 from .html_report_data import Layer, Section, format_margin, format_percent, format_us, sections
@@ -71,8 +72,12 @@ def coverage_of(plan: WarmupPlan) -> Coverage:
         )
         for p in plan.problems
     )
-    command = f"isokern warmup --model {plan.model} --tp {plan.tp}"
-    return Coverage(f"{plan.model} split {plan.tp} ways on {plan.device}", command, lines)
+    command, title = f"isokern warmup --model {plan.model} --tp {plan.tp}", f"{plan.model} split {plan.tp} ways"
+    policies = {policy_of(p.task.problem) for p in plan.problems}
+    if len(policies) == 1 and DEFAULT not in policies:
+        [under] = policies
+        command, title = f"{command} --accuracy {under}", f"{title}, accuracy {under},"
+    return Coverage(f"{title} on {plan.device}", command, lines)
 
 
 def unfinished_runs(store: Store) -> dict[str, list[str]]:

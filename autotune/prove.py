@@ -12,6 +12,7 @@ from ..cache.layer import Layer
 from ..cache.store import Store
 from ..registry.core import Registry
 from ..registry.decision import Rule
+from ..registry.overrides import use
 from .recipe import Origin, ProblemRecipe, find_backend, origin_of
 from .worker import CandidateFailure, Worker
 
@@ -91,13 +92,14 @@ def demonstrate(registry: Registry, arguments: Mapping[str, Any]) -> dict[str, A
     registry.use_store(Store([Layer(x["name"], Path(x["root"]), x["writable"]) for x in arguments["layers"]]))
     inputs = registry.spec(recipe.op).make_inputs(recipe.case, recipe.seed, recipe.device)
     op = registry.get(recipe.op)
-    if recipe.mode == "graph":
-        from .measure_cuda import captured
+    with use(recipe.op, accuracy=recipe.accuracy):  # whatever the environment says
+        if recipe.mode == "graph":
+            from .measure_cuda import captured
 
-        op.prepare(**inputs.kwargs)
-        captured(lambda: op(**inputs.kwargs)).replay()
-    else:
-        op(**inputs.kwargs)
+            op.prepare(**inputs.kwargs)
+            captured(lambda: op(**inputs.kwargs)).replay()
+        else:
+            op(**inputs.kwargs)
     # One entry per launch mode: use_store has dropped what was bound before.
     found = registry.dispatcher(recipe.op).bound.items()
     [bound] = [bound for (problem, _), bound in found if getattr(problem, "mode", recipe.mode) == recipe.mode]

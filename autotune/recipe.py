@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ..errors import RegistrationError
+from ..registry.accuracy import DEFAULT, Accuracy
 from ..registry.backend import Backend
 from ..registry.core import Registry
 
@@ -35,6 +36,7 @@ class ProblemRecipe:
             (see ``registry.ops.fused_sigmoid_gating.timing``).
         seed: of the values to time with; the gate uses this and the following ones.
         device: ``cpu``, ``cuda`` or ``cuda:N``; mode: ``eager`` or ``graph``.
+        accuracy: the policy that candidates are admitted, and the result is kept, under.
     """
 
     op: str
@@ -44,6 +46,7 @@ class ProblemRecipe:
     seed: int = 0
     device: str = "cpu"
     mode: Literal["eager", "graph"] = "eager"
+    accuracy: Accuracy = DEFAULT
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; the case's class goes by its name."""
@@ -57,6 +60,7 @@ class ProblemRecipe:
             "seed": self.seed,
             "device": self.device,
             "mode": self.mode,
+            "accuracy": self.accuracy,
         }
 
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
+from ..registry.accuracy import DEFAULT, policy_of
 from .samples import format_seconds
 from .warmup import PlannedProblem, ProblemReport, WarmupPlan, WarmupReport
 from .worth import makespan, units
@@ -122,7 +123,9 @@ def _against(report: WarmupReport, tuners: int) -> str:
 
 def _cases(planned: PlannedProblem) -> str:
     first, *others = planned.cases
-    return first if not others else f"{first} (and {', '.join(others)})"
+    named = first if not others else f"{first} (and {', '.join(others)})"
+    under = policy_of(planned.task.problem)
+    return named if under == DEFAULT else f"{named}, accuracy {under}"
 
 
 def _margin(value: float | None) -> str:

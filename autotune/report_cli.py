@@ -23,6 +23,9 @@ def report(
     tier: Annotated[Tier, typer.Option(help="how much of that workload")] = Tier.CORE,
     workloads: Annotated[Path | None, typer.Option(help="YAML file of cases, in place of the model's own")] = None,
     device: Annotated[str, typer.Option(help="of that workload: cpu, cuda or auto")] = "auto",
+    accuracy: Annotated[
+        str | None, typer.Option(help="of that workload: float32 or rounded; default: as calls here do")
+    ] = None,
     quality: Annotated[Path | None, typer.Option(help="a result file of benchmarks/choice_quality.py")] = None,
 ) -> None:
     """Write a report of the store: winners, margins, regret, coverage, and what was refused and why."""
@@ -36,11 +39,15 @@ def report(
     store = Store.default() if root is None else Store([Layer("explicit", root.absolute(), writable=True)])
     plan = None
     if model is not None:
+        from .. import registry
+        from ..registry.accuracy import require
         from ..registry.ops.fused_sigmoid_gating.workloads import load_workloads
-        from .warmup import plan_warmup
+        from .warmup import OP, plan_warmup
 
+        under = registry.default.dispatcher(OP).policy() if accuracy is None else require("--accuracy", accuracy)
         cases = None if workloads is None else load_workloads(workloads)
-        plan = plan_warmup(model, tp, cases, device, tier=tier if cases is None else Tier.FULL, store=store)
+        how_much = tier if cases is None else Tier.FULL
+        plan = plan_warmup(model, tp, cases, device, tier=how_much, accuracy=under, store=store)
     measured = None if quality is None else load_quality(quality)
     try:
         shown, plotted = write_report(out, store, plan=plan, quality=measured)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from ..errors import IsokernError
+from ..registry.accuracy import DEFAULT
 from ..registry.backend import Backend, Config, Runner
 from ..registry.conformance.kept import Kept
 from ..registry.core import Registry
@@ -158,7 +159,8 @@ class Session:
         self._forget()
         self._recipe = recipe
         self._inputs = self.spec.make_inputs(recipe.case, recipe.seed, self.device)
-        self._problem = self.spec.problem(self._call(self._inputs), recipe.mode)
+        problem = self.spec.problem(self._call(self._inputs), recipe.mode)
+        self._problem = problem if recipe.accuracy == DEFAULT else problem.with_accuracy(recipe.accuracy)
         return {"key": self._problem.key()}
 
     def _call(self, inputs: Any) -> Any:

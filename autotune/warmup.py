@@ -25,6 +25,7 @@ from ..cache.environment import Environment
 from ..cache.silicon import CudaSilicon
 from ..cache.store import Store
 from ..errors import ArgumentValueError, IsokernError
+from ..registry.accuracy import DEFAULT, Accuracy, require
 from ..registry.core import Registry
 from ..registry.ops.fused_sigmoid_gating.catalogue import Model, model
 from ..registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concrete
@@ -181,6 +182,7 @@ def plan_warmup(
     *,
     tier: Tier = Tier.CORE,
     policies: Sequence[Policy] | None = None,
+    accuracy: Accuracy = DEFAULT,
     store: Store | None = None,
     registry: Registry | None = None,
     settings: Settings | None = None,
@@ -191,15 +193,17 @@ def plan_warmup(
     Args:
         cases: the workload; None takes the model's serving cases of ``tier``. device: ``cpu``, ``cuda`` or ``auto``
             (a GPU if there is one). policies: launch modes of the cases that name none; None: all that the device
-            has, since they rank candidates differently. store: None takes the registry's.
+            has, since they rank candidates differently. accuracy: the policy of the cases that name none; under
+            ``rounded`` backends of every class are candidates. store: None takes the registry's.
 
     Raises:
         UnknownNameError: no such model. CatalogueError: it does not split ``tp`` ways.
-        ArgumentValueError: another device. PredicateError: a backend's predicate has a bug.
+        ArgumentValueError: another device, or policy. PredicateError: a backend's predicate has a bug.
     """
     registry = registry or registry_package.default
     store = store or registry.store
     device = _device(device)
+    require("accuracy", accuracy)
     found = model(model_name) if isinstance(model_name, str) else model_name
     shard = found.shard(tp)
     environment = registry.environment(device)
@@ -211,8 +215,9 @@ def plan_warmup(
         spec = concrete(shard, case, seed)
         for policy in modes if case.policy is None else (case.policy,):
             mode: Literal["eager", "graph"] = "graph" if policy is Policy.GRAPH else "eager"
-            recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode)
-            task = Task(recipe, describe(spec, environment.device, arch_of(environment), mode))
+            under = case.accuracy or accuracy
+            recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode, under)
+            task = Task(recipe, describe(spec, environment.device, arch_of(environment), mode, under))
             tasks.setdefault(frozenset(task.key.items()), []).append(task)
     listed = []
     for shared in tasks.values():

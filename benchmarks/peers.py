@@ -31,6 +31,7 @@ from record import meta
 
 from isokern import registry
 from isokern.backends.external.adapter import Adapter
+from isokern.registry.accuracy import ACCURACIES, DEFAULT
 from isokern.registry.decision import RejectCode, Rejected
 from isokern.registry.ops.fused_sigmoid_gating.describe import describe
 from isokern.registry.plugins import checked
@@ -246,10 +247,15 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the file has, but for what ended badly.")] = False,
     first: Annotated[int | None, typer.Option(min=1, help="Only so many configs of each own backend.")] = 3,
     store: Annotated[Path | None, typer.Option(help="Tuned choices; default: build/peers-store here.")] = None,
+    accuracy: Annotated[
+        str, typer.Option(help=f"Policy of isokern's own choice: {' or '.join(ACCURACIES)} (bfloat16 operands, too).")
+    ] = DEFAULT,
     warmup: Annotated[float, typer.Option(help="Seconds that the warm-up may take; 0: none.")] = 1800.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Three tiny cells on the CPU.")] = False,
 ) -> None:
     """Compare, and print the table. Exit status: 0 done, 2 no GPU or a wrong command line."""
+    if accuracy not in ACCURACIES:
+        raise typer.BadParameter(f"{accuracy}: expected any of {', '.join(ACCURACIES)}", param_hint="--accuracy")
     cells = chosen_cells(groups, smoke)
     machine = None if smoke else machines.find()
     if machine is None and not smoke:
@@ -261,10 +267,12 @@ def run(
     if resume:
         typer.echo(f"{results.resume()} rows are there already")
     kept = ROOT / "build" / "peers-store" if store is None else store
-    options = ["--device", device, "--store", str(kept)]
+    options = ["--device", device, "--store", str(kept), "--accuracy", accuracy]
     if OWN in who and warmup:
         _warm_up(
-            [cell for cell in cells if cell.group != "gate"], [*options, "--budget", str(warmup)], warmup + _START_S
+            [cell for cell in cells if cell.group != "gate"],
+            [*options, "--budget", str(warmup)],
+            warmup + _START_S,
         )
     for name in who:
         done = {case for (other, case), row in results.rows.items() if other == name and _final(row)}
@@ -328,25 +336,35 @@ def short_of(result: dict[str, Any]) -> Iterator[str]:
 
 Device = Annotated[str, typer.Option()]
 Store_ = Annotated[Path, typer.Option()]
+Policy = Annotated[str, typer.Option()]
 Names = Annotated[str, typer.Option(help="JSON list of cells' names.")]
 
 
 @app.command(hidden=True)
 def child(
-    who: str, cells: Names, device: Device, store: Store_, first: Annotated[int | None, typer.Option()] = None
+    who: str,
+    cells: Names,
+    device: Device,
+    store: Store_,
+    accuracy: Policy,
+    first: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """One implementation on the cells; see peers_child."""
     from peers_child import emit, measure_cells
 
-    measure_cells(who, [_CELLS[name] for name in json.loads(cells)], device, first, store, emit)
+    with registry.use(OP, accuracy=accuracy):
+        measure_cells(who, [_CELLS[name] for name in json.loads(cells)], device, first, store, emit)
 
 
 @app.command(hidden=True)
-def tune(cells: Names, device: Device, store: Store_, budget: Annotated[float, typer.Option()]) -> None:
+def tune(
+    cells: Names, device: Device, store: Store_, accuracy: Policy, budget: Annotated[float, typer.Option()]
+) -> None:
     """Warm the registry up for the cells; see peers_child."""
     from peers_child import emit, warm_up
 
-    warm_up([_CELLS[name] for name in json.loads(cells)], device, store, budget, emit)
+    with registry.use(OP, accuracy=accuracy):
+        warm_up([_CELLS[name] for name in json.loads(cells)], device, store, budget, emit)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class Bench:
 def measure_cells(
     who: str, cells: Sequence[Cell], device: str, first: int | None, store: Path | None, say: Callable[[Any], None]
 ) -> None:
-    """A row for each cell; nothing is timed before it was judged."""
+    """A row for each cell; nothing is timed before it was judged. isokern chooses under the policy in force."""
     if store is not None:
         registry.use_store(Store([Layer("explicit", store, writable=True)]))
     if who == OWN:
@@ -214,13 +214,16 @@ def _own_choice(bench: Bench) -> dict[str, Any]:
     op = registry.get(OP)
     arguments = bench.as_arguments()
     op.prepare(**arguments[0])
-    problem = bench.calls[0].problem(_mode(bench.device))
+    problem = op.dispatcher.under_policy(bench.calls[0].problem(_mode(bench.device)))
     decisions = {mode: op.dispatcher.decide(problem.with_mode(mode)) for mode in {_mode(bench.device), "eager"}}
-    chosen = Candidate("", lambda given: op(**given), arguments)
+    judged = decisions["eager"]  # what is judged is a call from the host
+    chunk = chunk_of(registry.backends(OP)[judged.backend], Config.from_dict(judged.config))
+    chosen = Candidate("", lambda given: op(**given), arguments, chunk)
     row, _ = _timed(bench, OWN, {"": chosen})
     decision = decisions[_mode(bench.device)]
     row |= {"backend": decision.backend, "config": Config.from_dict(decision.config).label}
     row["extra"]["rules"] = {mode: f"{d.rule.value}: {d.backend}" for mode, d in decisions.items()}
+    row["extra"]["accuracy"] = problem.accuracy
     return row
 
 
@@ -299,7 +302,10 @@ def _timed(bench: Bench, who: str, candidates: dict[str, Candidate]) -> tuple[di
 
 
 def warm_up(cells: Sequence[Cell], device: str, store: Path, budget: float | None, say: Callable[[Any], None]) -> None:
-    """Tune the cells' problems, without other libraries, into ``store``; what is known there is not tuned again."""
+    """Tune the cells' problems, without other libraries, into ``store``; what is known there is not tuned again.
+
+    Under the policy in force, as the calls will be.
+    """
     _only_own()
     kept = Store([Layer("explicit", store, writable=True)])
     registry.use_store(kept)
@@ -320,11 +326,12 @@ def warm_up(cells: Sequence[Cell], device: str, store: Path, budget: float | Non
 
 def _planned(cells: Sequence[Cell], device: str, environment: Any, store: Store) -> Iterator[PlannedProblem]:
     modes = ("eager",) if device == "cpu" else ("graph", "eager")
+    under = registry.default.dispatcher(OP).policy()
     seen = set()
     for mode in modes:
         for cell in cells:
-            recipe = ProblemRecipe(OP, cell.spec, adversarial_twin(cell.spec, 1), HOOKS, 0, device, mode)
-            problem = describe(cell.spec, torch.device(device).type, arch_of(environment), mode)
+            recipe = ProblemRecipe(OP, cell.spec, adversarial_twin(cell.spec, 1), HOOKS, 0, device, mode, under)
+            problem = describe(cell.spec, torch.device(device).type, arch_of(environment), mode, under)
             task = Task(recipe, problem)
             if (key := frozenset(task.key.items())) in seen:
                 continue

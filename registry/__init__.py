@@ -71,15 +71,23 @@ pin = default.pin
 refresh = default.refresh
 
 
-def use(op: str, backend: str) -> AbstractContextManager[None]:
-    """Context manager: within the block ``op`` runs on ``backend``, or the call raises.
+def use(op: str, backend: str | None = None, *, accuracy: str | None = None) -> AbstractContextManager[None]:
+    """Context manager: within the block ``op`` runs on ``backend``, or the call raises; and chooses under ``accuracy``.
+
+    Args:
+        backend: None leaves the choice as it is outside of the block.
+        accuracy: ``"rounded"``: backends that round operands of products to bfloat16 may be chosen, too, by what was
+            tuned under this policy or by the heuristic order; ``"float32"``: they may not. None: as outside of the
+            block, where ``ISOKERN_ACCURACY_<OP>`` decides, and without that ``"float32"``.
 
     Raises:
         UnknownNameError: on entry, when the op or the backend is not registered.
+        ArgumentValueError: there is no such policy. ArgumentTypeError: neither is given.
     """
-    if backend not in default.backends(op):
-        raise UnknownNameError("backend", backend, default.backends(op))
-    return _use(op, backend)
+    known = default.backends(op)
+    if backend is not None and backend not in known:
+        raise UnknownNameError("backend", backend, known)
+    return _use(op, backend, accuracy=accuracy)
 
 
 def agree(process_group: Any = None, device: str | None = None) -> Agreement:

@@ -206,6 +206,7 @@ def _basis(registry: Registry, prints: Mapping[str, Mapping[str, str]]) -> str:
         op: {
             "contract": registry.spec(op).contract_version,
             "override": registry.environment_override(op),
+            "accuracy": registry.environment_accuracy(op),
             "backends": {n: [f, list(missing_modules(registry.backends(op)[n]))] for n, f in backends.items()},
         }
         for op, backends in prints.items()
@@ -252,8 +253,8 @@ def _require_one_basis(ranks: tuple[RankState, ...]) -> None:
         groups = "; ".join(f"ranks {_numbers(ranks, basis)}: {basis}" for basis in sorted(looked))
         raise DisagreementError(
             ranks,
-            "the ranks differ in their backends, library versions or ISOKERN_BACKEND_ variables, so that not even "
-            f"their heuristic choice is the same ({groups}); compare `isokern doctor` on them",
+            "the ranks differ in their backends, library versions, ISOKERN_BACKEND_ or ISOKERN_ACCURACY_ variables, so "
+            f"that not even their heuristic choice is the same ({groups}); compare `isokern doctor` on them",
         )
 
 

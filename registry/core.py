@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, RegistrationError, StoreError, UnknownNameError
 from . import overrides
+from .accuracy import Accuracy, require
 from .backend import Backend, Config
 from .decision import Accepted, Rule
 from .dispatch import Dispatcher
@@ -47,6 +48,7 @@ class Registry:
         self._load_plugins = load_plugins
         self._loaded: set[str] = set()
         self._environment_overrides: dict[str, str] | None = None
+        self._environment_accuracies: dict[str, str] | None = None
         self._store: Store | None = None
         self._environments: dict[str, Environment] = {}
         self._plan: Plan | None = None
@@ -152,6 +154,17 @@ class Registry:
             self._environment_overrides = overrides.environment_overrides()
         return self._environment_overrides.get(op)
 
+    def environment_accuracy(self, op: str) -> Accuracy | None:
+        """The policy named by ``ISOKERN_ACCURACY_<OP>``, read once per process (``refresh`` reads again).
+
+        Raises:
+            ArgumentValueError: there is no such policy.
+        """
+        if self._environment_accuracies is None:
+            self._environment_accuracies = overrides.environment_accuracies()
+        named = self._environment_accuracies.get(op)
+        return None if named is None else require(f"{overrides.ACCURACY_PREFIX}{op.upper()}", named)
+
     @property
     def store(self) -> Store:
         """The tuned choices, layered; opened at first use."""
@@ -200,7 +213,7 @@ class Registry:
 
     def refresh(self) -> None:
         """Read the environment's overrides and the stores again, and resolve every call anew."""
-        self._environment_overrides = None
+        self._environment_overrides = self._environment_accuracies = None
         self._environments.clear()
         if self._store is not None:
             self._store.refresh()

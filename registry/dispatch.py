@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendDeclinedError, BackendFailedError, IsokernError, NoBackendError, NotPreparedError
 from . import overrides
+from .accuracy import DEFAULT, Accuracy
 from .backend import Backend, Config, Runner
 from .decision import Accepted, Decision, Rule
 from .forks import Forks
@@ -66,10 +67,34 @@ class Dispatcher:
     def request(self, backend: str | None) -> Request:
         """What the caller, the context and the environment force for this op."""
         name = self.spec.name
-        return Request(backend, overrides.active(name), self.registry.environment_override(name))
+        asked = overrides.active(name)
+        forced = None if asked is None else asked.backend
+        return Request(backend, forced, self.registry.environment_override(name))
+
+    def policy(self) -> Accuracy:
+        """The accuracy policy in force: the context's, the environment's, or the default.
+
+        Raises:
+            ArgumentValueError: the environment names one that there is not.
+        """
+        name = self.spec.name
+        asked = overrides.active(name)
+        if asked is not None and asked.accuracy is not None:
+            return asked.accuracy
+        return self.registry.environment_accuracy(name) or DEFAULT
+
+    def under_policy(self, problem: Any) -> Any:
+        """``problem`` as it is looked up by: carrying the policy in force, unless it carries one of its own already.
+
+        Problems of ops without ``accuracy`` stay as they are, which is to say under the default.
+        """
+        if getattr(problem, "accuracy", None) != DEFAULT or (policy := self.policy()) == DEFAULT:
+            return problem
+        return problem.with_accuracy(policy)
 
     def decide(self, problem: Any, backend: str | None = None) -> Decision:
-        """The decision for ``problem``; raises as :func:`registry.selection.decide` does."""
+        """The decision for ``problem``; raises as :func:`registry.selection.decide` and :meth:`policy` do."""
+        problem = self.under_policy(problem)
         backends = self.registry.backends(self.spec.name)
         return decide(
             self.spec.name,
@@ -90,7 +115,9 @@ class Dispatcher:
             NotPreparedError: in a capture, where neither is so.
             BackendFailedError: binding (compiling) the chosen backend failed; nothing was written.
             ForkedProcessError: a forked child cannot run this.
+            ArgumentValueError: as :meth:`policy`.
         """
+        problem = self.under_policy(problem)
         key = (problem, self.request(backend))
         bound = self.bound.get(key)
         if bound is not None:
@@ -115,6 +142,7 @@ class Dispatcher:
         Raises:
             BackendFailedError, ForkedProcessError: as :meth:`resolve`.
         """
+        problem = self.under_policy(problem)
         made = [self._prepared(problem, backend)]
         if problem.device != "cpu" and _mode(problem) is not None:
             twin = problem.with_mode("eager" if problem.mode == "graph" else "graph")

@@ -8,8 +8,9 @@ import platform
 from dataclasses import dataclass
 from typing import Literal
 
+from .accuracy import ACCURACIES
 from .core import Registry
-from .overrides import environment_overrides
+from .overrides import ACCURACY_PREFIX, ENVIRONMENT_PREFIX, environment_accuracies, environment_overrides
 from .plugins import BrokenBackend, missing_modules
 
 __all__ = ["Item", "examine"]
@@ -73,13 +74,21 @@ def _backends(registry: Registry) -> list[Item]:
 def _overrides(registry: Registry) -> list[Item]:
     items = []
     for op, name in environment_overrides().items():
-        variable = f"ISOKERN_BACKEND_{op.upper()}"
+        variable = f"{ENVIRONMENT_PREFIX}{op.upper()}"
         if op not in registry.names():
             items.append(Item("override", variable, "bad", f"no op {op!r} is registered"))
         elif name not in registry.backends(op):
             items.append(Item("override", variable, "bad", f"op {op!r} has no backend {name!r}"))
         else:
             items.append(Item("override", variable, "ok", f"{op} always runs on {name}"))
+    for op, policy in environment_accuracies().items():
+        variable = f"{ACCURACY_PREFIX}{op.upper()}"
+        if op not in registry.names():
+            items.append(Item("override", variable, "bad", f"no op {op!r} is registered"))
+        elif policy not in ACCURACIES:
+            items.append(Item("override", variable, "bad", f"{policy!r} is none of {', '.join(ACCURACIES)}"))
+        else:
+            items.append(Item("override", variable, "ok", f"{op} is chosen under accuracy={policy!r}"))
     return items
 
 

@@ -1,34 +1,71 @@
-"""What the user forces: ``registry.use`` (a context) and ``ISOKERN_BACKEND_<OP>`` (read once)."""
+"""What users ask for: ``registry.use`` (a context), ``ISOKERN_BACKEND_<OP>``, ``ISOKERN_ACCURACY_<OP>`` (read once)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import NamedTuple
 
-__all__ = ["ENVIRONMENT_PREFIX", "NO_OVERRIDES", "active", "current_overrides", "environment_overrides", "use"]
+from ..errors import ArgumentTypeError
+from .accuracy import Accuracy, require
+
+__all__ = [
+    "ACCURACY_PREFIX",
+    "ENVIRONMENT_PREFIX",
+    "NO_OVERRIDES",
+    "Override",
+    "active",
+    "current_overrides",
+    "environment_accuracies",
+    "environment_overrides",
+    "use",
+]
 
 ENVIRONMENT_PREFIX = "ISOKERN_BACKEND_"
+ACCURACY_PREFIX = "ISOKERN_ACCURACY_"
+
+
+class Override(NamedTuple):
+    """What a context asks for; None where it leaves things as they are. A tuple: hot paths compare it."""
+
+    backend: str | None = None
+    accuracy: Accuracy | None = None
+
 
 #: What :data:`current_overrides` returns outside of :func:`use`: one object, to be told by identity.
-NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
-_ACTIVE: ContextVar[Mapping[str, str]] = ContextVar("isokern_backend_overrides", default=NO_OVERRIDES)
+NO_OVERRIDES: Mapping[str, Override] = MappingProxyType({})
+_ACTIVE: ContextVar[Mapping[str, Override]] = ContextVar("isokern_overrides", default=NO_OVERRIDES)
 
-#: ``{op: backend}`` forced in the current context. A C function, for hot paths.
-current_overrides: Callable[[], Mapping[str, str]] = _ACTIVE.get
+#: ``{op: what is asked for}`` in the current context. A C function, for hot paths.
+current_overrides: Callable[[], Mapping[str, Override]] = _ACTIVE.get
 
 
-def active(op: str) -> str | None:
-    """The backend forced for ``op`` in the current context, if any."""
+def active(op: str) -> Override | None:
+    """What is asked for ``op`` in the current context, if anything."""
     return _ACTIVE.get().get(op)
 
 
+def use(op: str, backend: str | None = None, *, accuracy: str | None = None) -> AbstractContextManager[None]:
+    """Within the block, and in tasks and coroutines started in it, ``op`` runs on ``backend`` or raises, and its choice
+    is made under the policy ``accuracy``. What is None stays as outside of the block.
+
+    Raises:
+        ArgumentTypeError: neither is given. ArgumentValueError: no such policy. At once, not on entry.
+    """
+    if backend is None and accuracy is None:
+        raise ArgumentTypeError("backend, accuracy", "at least one of them", "neither")
+    return _within(op, backend, None if accuracy is None else require("accuracy", accuracy))
+
+
 @contextmanager
-def use(op: str, backend: str) -> Iterator[None]:
-    """Within the block, and in tasks and coroutines started in it, ``op`` runs on ``backend`` or raises."""
-    token = _ACTIVE.set(MappingProxyType({**_ACTIVE.get(), op: backend}))
+def _within(op: str, backend: str | None, accuracy: Accuracy | None) -> Iterator[None]:
+    outside = _ACTIVE.get()
+    before = outside.get(op, Override())
+    wanted = Override(before.backend if backend is None else backend, accuracy or before.accuracy)
+    token = _ACTIVE.set(MappingProxyType({**outside, op: wanted}))
     try:
         yield
     finally:
@@ -37,9 +74,15 @@ def use(op: str, backend: str) -> Iterator[None]:
 
 def environment_overrides(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """``{op: backend}`` from ``ISOKERN_BACKEND_<OP>`` variables (op in upper case)."""
+    return _variables(ENVIRONMENT_PREFIX, environ)
+
+
+def environment_accuracies(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """``{op: policy}`` from ``ISOKERN_ACCURACY_<OP>`` variables, as they are written: unknown policies, too."""
+    return _variables(ACCURACY_PREFIX, environ)
+
+
+def _variables(prefix: str, environ: Mapping[str, str] | None) -> dict[str, str]:
     source = os.environ if environ is None else environ
-    return {
-        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for name, value in source.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and value
-    }
+    named = {name: value for name, value in source.items() if name.startswith(prefix) and value}
+    return {name.removeprefix(prefix).lower(): value for name, value in named.items()}

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BackendDeclinedError, NoBackendError, UnknownNameError
+from .accuracy import DEFAULT, admits, policy_of
 from .backend import Backend, Config
 from .decision import Accepted, Decision, Outcome, RejectCode, Rejected, Rule, Verdict
+from .overrides import ACCURACY_PREFIX, ENVIRONMENT_PREFIX
 from .plugins import checked
 
 __all__ = ["Request", "Suggestion", "Suggestions", "decide", "verdicts"]
@@ -45,17 +47,20 @@ def verdicts(backends: Mapping[str, Backend], problem: Any, named: Collection[st
     """Every backend's verdict, in heuristic order: rank, then name, so the order never depends on registration.
 
     A backend that rounds what others keep in float32 (``accuracy = "rounded"``) is never chosen, tuned or fallen back
-    to unless it is among the ``named``: results of either kind must not stand for one another unasked.
+    to unless it is among the ``named``, or the problem carries the policy ``"rounded"``: results of either kind must
+    not stand for one another unasked.
     """
     ordered = sorted(backends.values(), key=lambda b: (-b.rank(problem), b.name))
-    return tuple(Outcome(b.name, _allowed(b, checked(b, problem), named)) for b in ordered)
+    return tuple(Outcome(b.name, _allowed(b, checked(b, problem), problem, named)) for b in ordered)
 
 
-def _allowed(backend: Backend, verdict: Verdict, named: Collection[str]) -> Verdict:
-    if isinstance(verdict, Rejected) or backend.accuracy != "rounded" or backend.name in named:
+def _allowed(backend: Backend, verdict: Verdict, problem: Any, named: Collection[str]) -> Verdict:
+    if isinstance(verdict, Rejected) or backend.name in named or admits(policy_of(problem), backend):
         return verdict
     return Rejected(
-        RejectCode.POLICY, "rounds operands of products to bfloat16: runs where it is named (backend=, registry.use)"
+        RejectCode.POLICY,
+        "rounds operands of products to bfloat16: runs where it is named (backend=, registry.use), or where "
+        f'accuracy="rounded" holds (registry.use, {ACCURACY_PREFIX}{backend.op.upper()})',
     )
 
 
@@ -86,7 +91,7 @@ def decide(
     forced = (
         (Rule.ARGUMENT, request.argument, "backend="),
         (Rule.CONTEXT, request.context, "registry.use(...)"),
-        (Rule.ENVIRONMENT, request.environment, f"ISOKERN_BACKEND_{op.upper()}"),
+        (Rule.ENVIRONMENT, request.environment, f"{ENVIRONMENT_PREFIX}{op.upper()}"),
     )
     for rule, name, where in forced:
         if name is None:
@@ -132,6 +137,8 @@ def _decision(
     verdict: Accepted,
 ) -> Decision:
     values: Config = backend.configs(problem)[0] if config is None else Config.from_dict(config)
+    if policy_of(problem) != DEFAULT:
+        notes = (f'policy: accuracy="{policy_of(problem)}", operands of products may be rounded to bfloat16', *notes)
     if verdict.note:
         notes = (*notes, verdict.note)
     return Decision(op, key, outcomes, backend.name, dict(values.to_dict()), rule, detail, notes)

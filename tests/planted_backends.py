@@ -9,7 +9,7 @@ import sys
 import time
 
 from isokern.backends.torch_native.reference import run_reference
-from isokern.registry import Accepted, Backend
+from isokern.registry import Accepted, Backend, Config
 
 OP = "fused_sigmoid_gating"
 
@@ -47,6 +47,19 @@ class Sluggish(Planted):
     def run(self, call):
         time.sleep(0.03)
         return run_reference(call)
+
+
+class Rounding(Planted):
+    """Off by less than a kernel with rounded operands may be, and more than one that computes in float32."""
+
+    name = "rounding"
+    accuracy = "rounded"
+
+    def configs(self, problem):
+        return (Config.of(chunk=64),)
+
+    def run(self, call):
+        return run_reference(call).mul_(1.003)
 
 
 class SluggishRival(Sluggish):

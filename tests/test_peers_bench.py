@@ -107,6 +107,31 @@ def test_what_is_wrong_is_not_timed():
     assert not judged["only"]["conforms"]
 
 
+def test_the_registry_s_choice_and_its_warm_up_are_under_the_policy_in_force(tmp_path):
+    environment, store = registry.default.environment("cpu"), registry.default.store
+    for policy in ("float32", "rounded"):
+        with registry.use("fused_sigmoid_gating", accuracy=policy):
+            [planned] = child._planned(cells.SMOKE[:1], "cpu", environment, store)
+            found = child._own_choice(child.Bench(cells.SMOKE[0], "cpu"))
+        assert planned.task.problem.accuracy == planned.task.recipe.accuracy == policy
+        assert (found["extra"]["status"], found["extra"]["accuracy"]) == ("timed", policy)
+    with pytest.raises(bench.typer.BadParameter, match="half"):
+        bench.run(tmp_path / "x.json", accuracy="half")
+
+
+def test_the_registry_s_choice_is_held_to_the_bound_of_who_runs(monkeypatch):
+    monkeypatch.setenv("ISOKERN_BACKEND_FUSED_SIGMOID_GATING", "torch_chunked")
+    registry.refresh()
+    try:
+        made = child.Bench(cells.SMOKE[0], "cpu")
+        found = child._own_choice(made)
+    finally:
+        monkeypatch.undo()
+        registry.refresh()
+    assert found["backend"] == "torch_chunked"
+    assert list(made.truth._references) == [int(found["config"].partition("chunk=")[2].partition(",")[0])]
+
+
 # ---- processes
 
 

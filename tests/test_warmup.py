@@ -32,6 +32,7 @@ from isokern.autotune.worker import Limits
 from isokern.cache import Layer, Store
 from isokern.errors import ArgumentValueError, CatalogueError, UnknownNameError
 from isokern.registry.core import Registry
+from isokern.registry.decision import Rule
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.catalogue import catalogue, model
 from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concrete
@@ -42,6 +43,7 @@ from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 from isokern.registry.ops.fused_sigmoid_gating.validate_values import check_values
 from isokern.registry.ops.fused_sigmoid_gating.workload_case import parse_case
 from isokern.registry.ops.fused_sigmoid_gating.workloads import Tier, serving_cases
+from isokern.registry.overrides import use
 
 OP = "fused_sigmoid_gating"
 MODEL = "qwen3-next-80b-a3b"
@@ -283,6 +285,26 @@ def test_a_problem_without_a_winner_fails_alone(tmp_path):
     assert not report.ok
     assert "ptxas" in report.errors[0]
     assert "no candidate is proven" in printed(report_table(report))
+
+
+def test_what_rounds_is_tuned_under_the_policy_alone_and_by_its_own_bound(tmp_path, monkeypatch):
+    # What the workers inherit does not decide for them.
+    monkeypatch.setenv("ISOKERN_ACCURACY_FUSED_SIGMOID_GATING", "rounded")
+    case = parse_case("decode N=1")
+    cases = (case, replace(case, name="decode N=1 rounded", accuracy="rounded"))
+    registry, store = registry_of(planted.Sluggish, planted.Rounding), Store([Layer("explicit", tmp_path, True)])
+    registry.use_store(store)
+    plan = plan_warmup(MODEL, TP, cases, tier=Tier.FULL, store=store, registry=registry, settings=SETTINGS)
+    report = run_warmup(plan)
+    assert report.ok, report.errors  # a fresh process dispatches each under its policy
+    assert [p.entry.backend for p in report.problems] == ["sluggish", "rounding"]
+    assert [p.rejected["policy"] for p in report.problems] == [1, 0]
+    assert all(p.proof is not None and p.proof.ok for p in report.problems)
+    kwargs = make_inputs(report.problems[0].planned.task.recipe.case).kwargs
+    for policy, chosen in (("float32", "sluggish"), ("rounded", "rounding")):
+        with use(OP, accuracy=policy):
+            assert (found := registry.get(OP).decide(**kwargs)).rule is Rule.TUNED_USER
+        assert found.backend == chosen
 
 
 # ---- interruption

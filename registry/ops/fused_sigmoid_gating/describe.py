@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ...accuracy import DEFAULT, Accuracy
 from ...varlen.profile import VarlenProfile
 from .case import CaseSpec
 from .problem import Problem
@@ -11,12 +12,18 @@ from .problem import Problem
 __all__ = ["describe"]
 
 
-def describe(spec: CaseSpec, device: str, arch: int = 0, mode: Literal["eager", "graph"] = "eager") -> Problem:
+def describe(
+    spec: CaseSpec,
+    device: str,
+    arch: int = 0,
+    mode: Literal["eager", "graph"] = "eager",
+    accuracy: Accuracy = DEFAULT,
+) -> Problem:
     """The Problem of ``make_inputs(spec, device=device)``; tests hold the two equal.
 
     Args:
         spec: the case. device: ``cpu`` or ``cuda``. arch: compute capability times ten on a GPU.
-        mode: launch mode to describe it for.
+        mode: launch mode to describe it for. accuracy: policy to describe it for.
     """
     has_pool = spec.state_dtype is not None
     return Problem(
@@ -52,4 +59,5 @@ def describe(spec: CaseSpec, device: str, arch: int = 0, mode: Literal["eager", 
         strides=spec.strides,
         grad=False,
         profile=VarlenProfile.of(spec.n, spec.tokens, max(spec.lengths, default=0)),
+        accuracy=accuracy,
     )

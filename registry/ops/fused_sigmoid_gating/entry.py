@@ -12,7 +12,7 @@ import torch
 from ...backend import Pinnable, Pinned, Runner
 from ...decision import Decision
 from ...dispatch import Bound
-from ...overrides import active
+from ...overrides import Override, active
 from ...varlen.layout import SequenceLayout
 from ...varlen.offsets import check_offsets, longest_of
 from ...varlen.profile import VarlenProfile
@@ -33,7 +33,8 @@ class Entry:
 
     Attributes:
         softplus_beta ... backend: the arguments of that name, as they were given.
-        forced: what ``registry.use`` forced; capturing: inside a CUDA graph (always False for tensors on a CPU).
+        forced: what ``registry.use`` asked for, a backend or a policy; capturing: inside a CUDA graph (always False for
+            tensors on a CPU).
         grad: None where no tensor requires grad; else whether grad mode was on.
         shapes: of q and v.
         has_cu ... has_out: which optional tensors are given; separate: ``output_state_indices`` is.
@@ -59,7 +60,7 @@ class Entry:
     disabled: Any
     max_seqlen: Any
     backend: Any
-    forced: str | None
+    forced: Override | None
     capturing: bool
     grad: bool | None
     shapes: tuple[torch.Size, torch.Size]

@@ -57,7 +57,7 @@ class FirstCalls:
             if capturing:
                 raise ArgumentValueError("validate", "'fast' while a CUDA graph is captured", "'full', which waits")
             check_values(call)
-        problem = call.problem("graph" if capturing else "eager")
+        problem = dispatcher.under_policy(call.problem("graph" if capturing else "eager"))
         bound = dispatcher.resolve(problem, backend)
         if call.out is None and not call.requires_grad():
             call.out = dispatcher.spec.allocate(call)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ....cache.compare import differences
+from ...accuracy import DEFAULT
 from ...varlen.classes import LengthClass
 from ...varlen.profile import VarlenProfile
 from .catalogue import Dtypes, Gate, Shard, catalogue
@@ -73,10 +74,13 @@ def _case(shard: Shard, problem: Problem) -> Case | str:
     phase = Phase.VERIFY if verify is not Verify.NONE else _phase(lengths)
     policy = Policy(problem.mode)
     name = f"{case_name(phase, layout, verify, problem.state_dtype)} {policy.value}"
+    accuracy = None if problem.accuracy == DEFAULT else problem.accuracy
+    if accuracy is not None:
+        name += f" {accuracy}"
     steps = max(lengths) if verify is not Verify.NONE else 0
     layouts = (problem.state_dtype, verify, steps, policy, problem.state_layout)
-    case = Case(name, phase, layout, *layouts, tier=Tier.CORE)
-    tuned = describe(concrete(shard, case), problem.device, problem.arch, problem.mode).tuning_key()
+    case = Case(name, phase, layout, *layouts, tier=Tier.CORE, accuracy=accuracy)
+    tuned = describe(concrete(shard, case), problem.device, problem.arch, problem.mode, problem.accuracy).tuning_key()
     unlike = differences(tuned, problem.tuning_key())
     if unlike:
         return "a warm-up tunes " + ", ".join(f"{n}={there} (here {here})" for n, (there, here) in unlike.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from ...accuracy import DEFAULT, Accuracy
 from ...varlen.profile import VarlenProfile
 
 __all__ = ["Intermediates", "Problem", "StateLayout", "Strides", "Update"]
@@ -43,6 +44,7 @@ class Problem:
         lengths_on_host: the lengths can be read without waiting for a device.
         strides: see :data:`Strides`; grad: some input requires grad and grad mode is on.
         profile: buckets of N, tokens and longest length, and the length class.
+        accuracy: the policy that the choice is made under; no part of the call, which is described without it.
     """
 
     device: str
@@ -77,10 +79,16 @@ class Problem:
     strides: Strides
     grad: bool
     profile: VarlenProfile
+    accuracy: Accuracy = DEFAULT
 
     def key(self) -> dict[str, int | str | bool | None]:
-        """The problem as a flat mapping of scalars: what the store hashes and explain prints."""
+        """The problem as a flat mapping of scalars: what the store hashes and explain prints.
+
+        The default policy is left out: keys that were stored before there was another one are as good.
+        """
         flat = {name: value for name, value in asdict(self).items() if name != "profile"}
+        if self.accuracy == DEFAULT:
+            del flat["accuracy"]
         flat["n"] = self.profile.n
         flat["tokens"] = self.profile.tokens
         flat["longest"] = self.profile.longest
@@ -106,6 +114,10 @@ class Problem:
         """The same problem in another launch mode."""
         return replace(self, mode=mode)
 
+    def with_accuracy(self, accuracy: Accuracy) -> Problem:
+        """The same problem under another policy."""
+        return replace(self, accuracy=accuracy)
+
     @property
     def label(self) -> str:
         """One line for humans: shape, dtypes, what is special, profile."""
@@ -119,4 +131,6 @@ class Problem:
         parts += [n for n in ("lower_bound", "neg_eigval", "grad") if getattr(self, n)]
         if self.strides != "dense":
             parts.append(f"strides {self.strides}")
+        if self.accuracy != DEFAULT:
+            parts.append(f"accuracy {self.accuracy}")
         return f"{', '.join(parts)}, {self.profile.label}, {self.device} {self.mode}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ....errors import ArgumentValueError, near_matches
+from ...accuracy import ACCURACIES, Accuracy
 from .lengths import LengthLayout, parse_lengths
 
 __all__ = [
@@ -83,6 +84,7 @@ class Case:
         policy: how to launch and time it; None leaves that to the device's default.
         state_layout: overrides the model's; None keeps it.
         tier: the smallest tier that includes it.
+        accuracy: the policy to tune it under (see ``registry.accuracy``); None leaves that to the warm-up.
 
     Raises:
         ArgumentValueError: the fields contradict each other; ``argument`` names the one to look at.
@@ -97,6 +99,7 @@ class Case:
     policy: Policy | None = None
     state_layout: str | None = None
     tier: Tier = Tier.FULL
+    accuracy: Accuracy | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable() or self.name != self.name.strip():
@@ -104,6 +107,7 @@ class Case:
         for key, value, allowed in (
             ("state_dtype", self.state_dtype, STATE_DTYPES),
             ("state_layout", self.state_layout, STATE_LAYOUTS),
+            ("accuracy", self.accuracy, ACCURACIES),
         ):
             if value is not None and value not in allowed:
                 raise ArgumentValueError(key, f"one of {', '.join(allowed)}", repr(value))

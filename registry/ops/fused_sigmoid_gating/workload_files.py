@@ -13,6 +13,7 @@
         policy: graph                       # eager | graph
         state_layout: vk                    # kv | vk
         tier: core                          # smoke | core | full
+        accuracy: rounded                   # float32 | rounded
 
 A running program records the calls it had no tuned choice for in the same format.
 """
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ....errors import ArgumentValueError, WorkloadError, near_matches
+from ...accuracy import ACCURACIES
 from .lengths import LengthLayout, parse_lengths
 from .workload_case import STATE_DTYPES, STATE_LAYOUTS, Case, Phase, Policy, Tier, Verify, case_name, parse_case
 
@@ -41,7 +43,7 @@ _OP = "fused_sigmoid_gating"
 _TOP_KEYS = ("op", "about", "cases")
 _CASE_KEYS = tuple(field.name for field in fields(Case))
 _ENUMS: Mapping[str, type[StrEnum]] = {"phase": Phase, "verify": Verify, "policy": Policy, "tier": Tier}
-_NAMES = {"state_dtype": STATE_DTYPES, "state_layout": STATE_LAYOUTS}
+_NAMES = {"state_dtype": STATE_DTYPES, "state_layout": STATE_LAYOUTS, "accuracy": ACCURACIES}
 _TYPES = {
     "tag:yaml.org,2002:str": "text",
     "tag:yaml.org,2002:int": "an integer",

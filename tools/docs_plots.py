@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from isokern.tools.results import RESULTS, newest
+
 __all__ = ["FLOOR", "PLOTS", "Panel", "Plot", "Point", "Series"]
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
 FLOOR = "floor"
 #: Names in results files, as readers know them. Whatever else a file times is left to the tables.
 _GPU = {"cupy": "cupy", "triton": "triton", "numba_cuda": "numba_cuda", "sgl_triton": "SGLang (Triton)"}
@@ -158,8 +159,7 @@ PLOTS: dict[str, Callable[..., Plot]] = {
 
 def _newest(what: str, results: Path) -> tuple[dict[str, Any], str]:
     """The newest result of a kind, which the tables show as well, and where it comes from in one line."""
-    file = max(results.glob(f"*_{what}.json"))
-    result: dict[str, Any] = json.loads(file.read_text())
+    result, file = newest(what, lambda row: _timed(row) or row["eager_us"] is not None, results)
     meta = result["meta"]
     where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads"
     return result, f"measured {meta['date']} on {where}; benchmarks/results/{file.name}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from isokern.tools.results import RESULTS, newest
+
 #: Whose columns come first; others follow by name. The peer's kernel is the last.
 FIRST = ("cupy", "triton", "numba_cuda")
 PEER = "sgl_triton"
@@ -16,8 +15,14 @@ PEER = "sgl_triton"
 
 def recurrent(results: Path = RESULTS) -> str:
     """Microseconds of every cell, and under them what was checked on the same GPU."""
-    result = json.loads(sorted(results.glob("*_gpu_suite.json"))[-1].read_text())
-    return _timings(result["rows"]) + _source(result["meta"]) + _checks(result["rows"])
+    timed, _ = newest("gpu_suite", lambda row: row["graph_us"] is not None, results)
+    checked, _ = newest("gpu_suite", _is_check, results)
+    timings = _timings(timed["rows"]) + _source("Measured", timed["meta"])
+    return timings + _checks(checked["rows"]) + _source("Checked", checked["meta"])
+
+
+def _is_check(row: dict[str, Any]) -> bool:
+    return row["extra"].get("stage") not in (None, "bench", "compile")
 
 
 def _timings(rows: list[dict[str, Any]]) -> str:
@@ -37,11 +42,11 @@ def _timings(rows: list[dict[str, Any]]) -> str:
     return _markdown(["us, graph / eager", "floor", *(f"`{n}`" for n in names), "best / floor"], lines)
 
 
-def _source(meta: dict[str, Any]) -> str:
+def _source(done: str, meta: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     copy = meta.get("copy_TB_s")
     copied = f"; copy {copy} TB/s" if isinstance(copy, float) else ""
-    return f"\nMeasured {meta['date']} on {meta['gpu']}{copied}; {versions}; `{meta['command']}`.\n"
+    return f"\n{done} {meta['date']} on {meta['gpu']}{copied}; {versions}; `{meta['command']}`.\n"
 
 
 def _checks(rows: list[dict[str, Any]]) -> str:
@@ -49,7 +54,7 @@ def _checks(rows: list[dict[str, Any]]) -> str:
     counts: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
         extra = row["extra"]
-        if extra.get("stage") not in (None, "bench", "compile"):
+        if _is_check(row):
             counts.setdefault((extra["stage"], row["implementation"]), Counter())[extra["status"]] += 1
     if not counts:
         return ""

@@ -92,8 +92,15 @@ def measure(specialization: Specialization, arch: int) -> Usage:
     return Usage(registers, spills, shared, resident_warps(specialization.threads, registers, shared))
 
 
-def reported(text: str, name: str, macros: Sequence[str], arch: int) -> tuple[int, int, int]:
+def reported(text: str, name: str, macros: Sequence[str], arch: int | str) -> tuple[int, int, int]:
     """Registers per thread, bytes spilled per thread, and static shared memory of a source compiled for ``arch``."""
+    log = compiler_log(text, name, macros, arch)
+    shared = int(_found(r"(\d+) bytes smem", log)) if "bytes smem" in log else 0
+    return int(_found(r"Used (\d+) registers", log)), int(_found(r"(\d+) bytes spill stores", log)), shared
+
+
+def compiler_log(text: str, name: str, macros: Sequence[str], arch: int | str) -> str:
+    """What ptxas says of a source compiled for ``sm_<arch>``. Raises RuntimeError if it does not compile."""
     nvrtc: Any = import_module("cupy_backends.cuda.libs.nvrtc")
     options = (f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *NVRTC_OPTIONS, *macros)
     program = nvrtc.createProgram(text, name, (), ())
@@ -102,11 +109,9 @@ def reported(text: str, name: str, macros: Sequence[str], arch: int) -> tuple[in
             nvrtc.compileProgram(program, options)
         except nvrtc.NVRTCError as error:
             raise RuntimeError(f"{name} {macros}: {error}\n{nvrtc.getProgramLog(program)}") from error
-        log = nvrtc.getProgramLog(program)
+        return str(nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
-    shared = int(_found(r"(\d+) bytes smem", log)) if "bytes smem" in log else 0
-    return int(_found(r"Used (\d+) registers", log)), int(_found(r"(\d+) bytes spill stores", log)), shared
 
 
 def _found(pattern: str, log: str) -> str:

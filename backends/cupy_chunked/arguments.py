@@ -67,7 +67,7 @@ def slots(call: Call) -> int:
 
 def record_bytes(pieces: int) -> int:
     """``sizeof(Record)``: what one kernel leaves to the other of a chunk and value head."""
-    return pieces * 2 * 10 * 512 + 3 * 4 * CHUNK + 16
+    return pieces * 2 * 12 * 512 + 3 * 4 * CHUNK + 16
 
 
 def records(call: Call, pieces: int) -> int:

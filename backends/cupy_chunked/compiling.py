@@ -16,7 +16,7 @@ from ..launch.image import Image
 from .arguments import RECORDS_AT, VECTORS, aligned, slots, template
 from .specialization import Specialization
 
-__all__ = ["FOLDER", "KERNELS", "ChunkedCompiler", "block", "grid", "source", "sources"]
+__all__ = ["FOLDER", "KERNELS", "ChunkedCompiler", "block", "grid", "source", "sources", "target"]
 
 FOLDER = Path(__file__).parent / "kernels"
 #: In the order they run in.
@@ -47,7 +47,12 @@ def block(kernel: str, specialization: Specialization) -> tuple[int, int]:
     """Threads of a block, and bytes of dynamic shared memory."""
     if kernel == "prepare":
         return _PREPARE_THREADS, specialization.prepare_bytes
-    return 32 * specialization.warps, specialization.scan_bytes
+    return specialization.scan_threads, specialization.scan_bytes
+
+
+def target(kernel: str, specialization: Specialization, arch: int) -> str:
+    """What a kernel is compiled for: products of four warps are instructions of one architecture alone ("a")."""
+    return f"{arch}a" if specialization.group and kernel == "scan" else str(arch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class ChunkedCompiler:
 
     def image(self, variant: Variant, fresh: bool = False) -> Image:
         special = self.specialization
-        options = (f"--gpu-architecture=sm_{self.arch}", *NVRTC_OPTIONS, *special.options(self.kernel, variant.wide))
+        options = (f"--gpu-architecture=sm_{target(self.kernel, special, self.arch)}", *NVRTC_OPTIONS, *special.options(self.kernel, variant.wide))
         path = file_of("cupy_chunked", (source(self.kernel), str(options), nvrtc_version()))
         if fresh:
             discard(path)

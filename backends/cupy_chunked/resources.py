@@ -27,7 +27,7 @@ from ..cupy.compiling import NVRTC_OPTIONS
 from ..cupy.resources import reported, resident_warps
 from ..resource_rows import Job, Key, Row, compile_rows, text_of
 from .backend import CupyChunked
-from .compiling import KERNELS, block, source, sources
+from .compiling import KERNELS, block, source, sources, target
 from .configs import configs, shared_limit
 from .specialization import Specialization
 
@@ -66,7 +66,7 @@ def measure(problem: Problem, config: Config) -> Row:
     row: list[int] = []
     for kernel in KERNELS:
         macros = special.options(kernel, wide=True)
-        registers, spills, static = reported(source(kernel), f"{kernel}.cu", macros, problem.arch)
+        registers, spills, static = reported(source(kernel), f"{kernel}.cu", macros, target(kernel, special, problem.arch))
         threads, dynamic = block(kernel, special)
         shared = static + dynamic
         warps = resident_warps(threads, registers, shared, shared_limit(problem.arch) + 1024)

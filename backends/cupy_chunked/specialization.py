@@ -19,6 +19,7 @@ _NOT_PREPARED: dict[str, int | str] = {
     "VALUE_DIM": 16,
     "CONFIG_WARPS": 1,
     "CONFIG_STAGES": 1,
+    "GROUP_PRODUCTS": 0,
     "STATE_TYPE": "float",
     "SLOT_INDEX": "int",
     "STATE_VK": 0,
@@ -26,7 +27,9 @@ _NOT_PREPARED: dict[str, int | str] = {
     "WRITES_STATE": 0,
     "WIDE_STATES": 0,
 }
-_SMALL_BYTES = (5 * CHUNK + 2) * 4
+#: Beside the tiles of the first kernel: gates of two heads, norms and factors; and what the triangular solve needs.
+_SMALL_BYTES = (2 * 9 + 2) * CHUNK * 4
+_DIAGONAL_BYTES, _SOLVED_BYTES = 4 * 16 * 20 * 4, 2 * 6 * 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Specialization:
 
     Attributes:
         k, v: head dimensions; sharing: value heads per query/key head.
-        warps, stages: the config (see ``configs.py``); pieces: bfloat16 that stand for one float32 in products.
+        warps, stages, group: the config (see ``configs.py``); pieces: bfloat16 that stand for one float32 in products.
         io, state: C++ types of q, k, v and out, and of the pool.
         a, b, A_log, bias, slot, cu: of the gate inputs and of the indices.
         vk: state layout; norm: q and k are normalised; varlen: packed by offsets.
@@ -47,6 +50,7 @@ class Specialization:
     sharing: int
     warps: int
     stages: int
+    group: bool
     pieces: int
     io: str
     state: str
@@ -73,6 +77,7 @@ class Specialization:
             sharing=problem.hv // problem.h,
             warps=int(config["warps"]),
             stages=int(config["stages"]),
+            group=bool(config["group"]),
             pieces=pieces,
             io=_TYPES[problem.io_dtype],
             state=_TYPES[problem.state_dtype],
@@ -100,17 +105,22 @@ class Specialization:
         return -(-self.v // (16 * self.warps))
 
     @property
+    def scan_threads(self) -> int:
+        """Threads of a block of the scan: with products of four warps, four more that bring what they work on."""
+        return 32 * self.warps + (128 if self.group else 0)
+
+    @property
     def prepare_bytes(self) -> int:
-        """Shared memory of a block of the first kernel: two tiles, in whose place the inverse is then formed."""
-        tiles = _IO_PIECES[self.io] * 2 * CHUNK * (self.keys + 8) * 2
-        inverse = (CHUNK * (CHUNK + 4) + 32 * 36) * 4
-        return -(-_SMALL_BYTES // 16) * 16 + max(tiles, inverse)
+        """Shared memory of a block of the first kernel: two tiles, in whose place a triangle is then solved."""
+        tiles = _IO_PIECES[self.io] * 2 * _tile_bytes(self.keys)
+        solve = _DIAGONAL_BYTES + (2 if self.pieces == 1 else 3) * _SOLVED_BYTES
+        return _SMALL_BYTES + max(tiles, solve)
 
     @property
     def scan_bytes(self) -> int:
         """Shared memory of a block of the second: so many chunks at a time."""
-        rows = 2 * (self.keys + 8) + 16 * self.warps + 8
-        return self.stages * (record_bytes(self.pieces) + _IO_PIECES[self.io] * CHUNK * rows * 2)
+        tiles = 2 * _tile_bytes(self.keys) + _tile_bytes(16 * self.warps)
+        return self.stages * (-(-record_bytes(self.pieces) // 1024) * 1024 + _IO_PIECES[self.io] * tiles)
 
     def options(self, kernel: str, wide: bool) -> tuple[str, ...]:
         """Compiler options that name what a kernel has of this specialisation, in a fixed order.
@@ -123,6 +133,7 @@ class Specialization:
             "HEAD_GROUP": self.sharing,
             "CONFIG_WARPS": self.warps,
             "CONFIG_STAGES": self.stages,
+            "GROUP_PRODUCTS": int(self.group),
             "OPERAND_PIECES": self.pieces,
             "IO_TYPE": self.io,
             "STATE_TYPE": self.state,
@@ -143,3 +154,8 @@ class Specialization:
         if kernel == "prepare":
             values |= _NOT_PREPARED
         return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def _tile_bytes(columns: int) -> int:
+    """``Tile<columns>``, one piece: panels of 64 columns."""
+    return -(-columns // 64) * CHUNK * 128

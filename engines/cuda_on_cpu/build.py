@@ -60,7 +60,7 @@ def runtime() -> ctypes.CDLL:
 
     Raises BuildError.
     """
-    sources = (_HERE / "runtime.cpp", _HERE / "watch.cpp")
+    sources = (_HERE / "runtime.cpp", _HERE / "watch.cpp", _HERE / "tensor_core.cpp")
     flags = (*_COMMON, "-O2", "-I", str(_HEADERS), "-Wall", "-Wextra")
     text = "".join(f.read_text() for f in (*sources, *sorted(_HEADERS.iterdir())))
     library = _built("runtime", text, flags, [str(s) for s in sources])

@@ -96,9 +96,7 @@ class _Launches:
 
 @cache
 def _kernel(name: str, specialization: Specialization, wide: bool) -> CpuRawKernel:
-    kernel = CpuRawKernel(source(name), name, specialization.options(name, wide))
-    kernel.compile()
-    return kernel
+    return CpuRawKernel(source(name), name, specialization.options(name, wide))
 
 
 def _on_gpu(problem: Problem) -> Problem:

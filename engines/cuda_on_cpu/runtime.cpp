@@ -80,6 +80,7 @@ void wait_as(State state, unsigned mask = 0) {
 void fiber_main() {
   for (;;) {  // one turn per block
     kernel->call(kernel->function, kernel_arguments);
+    tensor_thread_end();
     wait_as(State::DONE);
   }
 }
@@ -180,6 +181,7 @@ void run_block() {
   block_epoch = 0;
   std::fill(std::begin(warp_epochs), std::end(warp_epochs), 0u);
   if (watching()) watch_block_start();
+  tensor_block_start(threads);
   for (;;) {
     run_warps();
     unsigned waiting = 0, done = 0, stuck = 0;
@@ -188,7 +190,7 @@ void run_block() {
       done += fibers[i].state == State::DONE;
       stuck += fibers[i].state == State::AT_WARP_BARRIER;
     }
-    if (done == threads) return;
+    if (done == threads) return tensor_block_end();
     if (stuck || done) {
       describe("%u threads wait at __syncthreads or by name, %u at a warp operation, %u have returned", waiting, stuck,
                done);
@@ -264,7 +266,7 @@ void block_barrier() { meet_block({0, threads, __builtin_return_address(0)}); }
 
 void named_barrier(unsigned name, unsigned count) { meet_block({name, count, nullptr}); }
 
-static void meet_lanes(unsigned mask, bool orders) {
+void meet_lanes(unsigned mask, bool orders) {
   if (!(mask >> now.lane & 1)) {
     describe("lane %u takes part in a warp operation whose mask 0x%x leaves it out", now.lane, mask);
     stop(BAD_LANE);
@@ -324,8 +326,8 @@ int run(const Kernel& which, const unsigned* grid, const unsigned* block, size_t
   threads = (unsigned)size;
   make_fibers(threads);
   kernel = &which, kernel_arguments = arguments;
-  dynamic_memory.assign(dynamic_bytes + 256, 0);
-  dynamic_begin = (char*)(((uintptr_t)dynamic_memory.data() + 127) / 128 * 128), dynamic_size = dynamic_bytes;
+  dynamic_memory.assign(dynamic_bytes + 2048, 0);
+  dynamic_begin = (char*)(((uintptr_t)dynamic_memory.data() + 1023) / 1024 * 1024), dynamic_size = dynamic_bytes;
   Signals signals;
   const int outcome = sigsetjmp(launch_frame, 1);
   if (outcome == 0) run_blocks();

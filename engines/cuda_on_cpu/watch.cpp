@@ -20,6 +20,7 @@ struct Access {
   int64_t block = -1;
   int thread = -1;
   uint32_t block_epoch = 0, warp_epoch = 0;
+  uint32_t published = 0;  // a write: how often its thread had published before it
   bool happened() const { return thread >= 0; }
 };
 
@@ -42,6 +43,7 @@ bool active;
 std::vector<Region> regions;
 size_t last_region;
 std::vector<Cell> shared_cells[2];
+std::vector<Access> publications[1024];  // of each thread, in this block
 
 bool ordered(const Access& before, const Standing& me) {
   if (before.block != me.block) return false;
@@ -67,7 +69,7 @@ void read_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
   if (!same_stretch) cell.readers_in_warp = cell.readers_beyond = false;
   else if (last.thread / 32 != me.thread / 32) cell.readers_beyond = true;
   else if (last.thread != me.thread) cell.readers_in_warp = true;
-  last = {me.block, me.thread, me.block_epoch, me.warp_epoch};
+  last = {me.block, me.thread, me.block_epoch, me.warp_epoch, 0};
 }
 
 void write_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
@@ -81,7 +83,7 @@ void write_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
     }
     if (!fine) object("race, write after read", name, at, &last);
   }
-  cell.write = {me.block, me.thread, me.block_epoch, me.warp_epoch};
+  cell.write = {me.block, me.thread, me.block_epoch, me.warp_epoch, (uint32_t)publications[me.thread].size()};
 }
 
 Region* region_of(const char* p) {
@@ -142,6 +144,31 @@ void watch_block_start() {
   for (int which = 0; which < 2; which++) {
     const Range shared = shared_memory(which);
     shared_cells[which].assign((size_t)(shared.end - shared.begin) / GRAIN + 1, Cell{});
+  }
+  for (auto& of_thread : publications) of_thread.clear();
+}
+
+void watch_publish() {
+  const Standing me = standing();
+  publications[me.thread].push_back({me.block, me.thread, me.block_epoch, me.warp_epoch, 0});
+}
+
+// Group products read past what threads see: each byte must have been published by its writer, between writing it and
+// the barrier that orders the two.
+void watch_group_read(const void* address, size_t bytes) {
+  look(address, bytes, false);
+  const Standing me = standing();
+  const char* p = (const char*)address;
+  for (int which = 0; which < 2; which++) {
+    const Range shared = shared_memory(which);
+    if (!shared.holds(p, bytes)) continue;
+    const size_t first = (size_t)(p - shared.begin);
+    for (size_t at = first; at < first + bytes; at += GRAIN) {
+      const Access& write = shared_cells[which][at / GRAIN].write;
+      const auto& published = publications[write.thread];
+      if (write.published >= published.size() || !ordered(published[write.published], me))
+        object("read by a group product without publish_shared", "shared memory", at, &write);
+    }
   }
 }
 

@@ -6,11 +6,10 @@ constexpr int CHUNK = 64, BLOCKS = CHUNK / 16;  // tokens; 16 x 16 blocks along 
 struct Shape {
   static constexpr int K = KEY_DIM, V = VALUE_DIM, SHARING = HEAD_GROUP;  // value heads per query/key head
   static constexpr int KEYS = (K + 15) / 16 * 16;   // K, padded with zeros
-  static constexpr int PITCH = KEYS + 8;            // of a row of q or k in shared memory: no two rows meet in a bank
   static constexpr int WARPS = CONFIG_WARPS, STAGES = CONFIG_STAGES;
   static constexpr int PIECES = OPERAND_PIECES;     // bfloat16 that stand for one float in products
   static constexpr int TILE = 16 * WARPS, TILES = (V + TILE - 1) / TILE;  // columns of V per block of `scan`
-  static constexpr int VALUE_PITCH = TILE + 8;
+  static constexpr bool GROUP = GROUP_PRODUCTS;     // four warps multiply together (wgmma)
   static constexpr bool BOUNDED = false, NORM = L2_NORM, VARLEN = IS_VARLEN, WIDE = WIDE_ROWS;
   static constexpr bool VK = STATE_VK, WIDE_STATE = WIDE_STATES, READ = READS_STATE, WRITE = WRITES_STATE;
 };
@@ -24,15 +23,49 @@ template <> struct PiecesOf<bfloat16> { static constexpr int COUNT = 1; };
 template <> struct PiecesOf<float16> { static constexpr int COUNT = 2; };
 template <> struct PiecesOf<float> { static constexpr int COUNT = 3; };
 constexpr int IO_PIECES = PiecesOf<Io>::COUNT;
-template <int PITCH> using Tile = bfloat16[IO_PIECES][CHUNK * PITCH];
 
-// The lower triangle of a 64 x 64 matrix as right factors: block (i, j), j <= i, is number i (i + 1) / 2 + j, and each
-// lane's four registers lie together: (0 to 7, 8 to 15) of the inner dimension for rows 0 to 7, then for rows 8 to 15.
-// In pieces, each a triangle.
-struct Triangle {
-  uint4 block[Shape::PIECES][BLOCKS * (BLOCKS + 1) / 2][32];
+// Rows of COLUMNS values, in pieces: panels of 64 columns, a row of which is 128 bytes. In row r of a panel unit u of 16
+// bytes is at place u ^ r % 8: eight lanes that bring a row's units write one line, and eight that read a unit of eight
+// rows meet all banks once. It is a layout that products of four warps read.
+template <int COLUMNS> struct Tile {
+  static constexpr int PANEL = CHUNK * 128, PANELS = (COLUMNS + 63) / 64, PIECE = PANELS * PANEL;  // bytes
+  uint4 unit[IO_PIECES][PIECE / 16];
+  static __device__ __forceinline__ int place(int row, int unit) {
+    return unit / 8 * (PANEL / 16) + row * 8 + (unit % 8 ^ row % 8);
+  }
 };
-__device__ __forceinline__ constexpr int block_of(int i, int j) { return i * (i + 1) / 2 + j; }
+
+// A lane's place in a tile for loads of 16 x 16: its row and, of two, its unit. `at` moves both, by multiples of 8 rows
+// and of 16 columns.
+template <class T> struct Corner {
+  Shared row;
+  int swizzled;
+  __device__ __forceinline__ Corner(const T& tile, int row, int unit, int lane)
+      : row(shared_of((const char*)&tile + row * 128)), swizzled((unit ^ (lane & 7)) * 16) {}
+  __device__ __forceinline__ Shared at(int rows, int columns, int piece) const {
+    return row + (piece * T::PIECE + rows * 128 + columns / 64 * T::PANEL) + (swizzled ^ (columns % 64 * 2));
+  }
+};
+// Matrices in the order of a left factor, whose rows are the tile's; of a right factor whose rows are; whose columns are.
+template <class T> __device__ __forceinline__ Corner<T> rows_of(const T& tile, int lane) {
+  return {tile, (lane & 7) + (lane & 8), (lane & 16) / 16, lane};
+}
+template <class T> __device__ __forceinline__ Corner<T> columns_of(const T& tile, int lane) {
+  return {tile, (lane & 7) + (lane & 16) / 2, (lane & 8) / 8, lane};
+}
+
+// The lower triangle of a 64 x 64 matrix in pieces, as blocks of 16 x 16, each of four core matrices (upper left, upper
+// right, lower left, lower right). Blocks of one column stand together: a right factor whose columns are the triangle's
+// rows, used 32 at a time. What such a half has above the diagonal, blocks (0, 1) and (2, 3), are zeros that `scan` has in
+// shared memory; in global memory nobody writes or reads them.
+constexpr int TRIANGLE = 12;
+struct Triangle {
+  static constexpr int CORE = 128, ROWS = 256, BLOCK = 512, PIECE = TRIANGLE * BLOCK;  // bytes: along a row, down
+  unsigned word[Shape::PIECES][TRIANGLE][4][32];
+};
+// Block (i, j) for i >= j / 2 * 2.
+__device__ __forceinline__ constexpr int block_of(int i, int j) { return j < 2 ? 4 * j + i : 2 * j + 2 + i; }
+__device__ __forceinline__ constexpr bool is_zeros(int block) { return block == 4 || block == 10; }
 
 // Of one chunk and value head. With G the sum of the log decays from the chunk's start, D(t, s) = G(t) - G(s):
 struct Record {
@@ -105,34 +138,35 @@ __device__ __forceinline__ int64 sequence_of(const Arguments& p, int64 slot) {
   return low;
 }
 
-// Rows of a tile of `PITCH` elements each, of which PADDED are written: zeros beyond `live` rows and `wanted` columns.
-// WIDE: rows are aligned to 16 bytes, and `wanted` is a multiple of 8. A thread has eight columns, and of every so many
-// rows one: its addresses differ by a constant.
-template <int PADDED, int PITCH, int THREADS>
-__device__ __forceinline__ void stage(Tile<PITCH>& tile, const Io* from, const Tokens& x, int live, int wanted) {
+// A tile's rows of PADDED elements: zeros beyond `live` rows and `wanted` columns. WIDE: rows are aligned to 16 bytes,
+// and `wanted` is a multiple of 8. Lanes go along a row; where a row's parts divide the threads, a thread keeps its
+// columns, and its addresses differ by constants.
+template <int PADDED, int THREADS>
+__device__ __forceinline__ void stage(Tile<PADDED>& tile, const Io* from, const Tokens& x, int live, int wanted,
+                                      int thread) {
   constexpr int PARTS = PADDED / 8, ROWS = THREADS / PARTS;
-  static_assert(ROWS >= 1, "a thread for every eight columns");
-  const int first = threadIdx.x / PARTS, column = threadIdx.x % PARTS * 8;
-  if (THREADS % PARTS != 0 && first >= ROWS) return;
-  const int to = first * PITCH + column;
-  const int64 step = ROWS * x.time;
-  const Io* at = from + first * x.time + column * x.element;
+  constexpr bool DOWN = THREADS % PARTS == 0;
+  const Io* source = from;
+  if (DOWN) source += thread / PARTS * x.time + thread % PARTS * 8 * x.element;
 #pragma unroll
-  for (int i = 0; i < (CHUNK + ROWS - 1) / ROWS; i++, at += step) {
-    const int row = first + i * ROWS;
-    if (CHUNK % ROWS != 0 && row >= CHUNK) break;
-    const bool there = row < live && column < wanted;
+  for (int i = 0; i < (CHUNK * PARTS + THREADS - 1) / THREADS; i++) {
+    const int part = DOWN ? thread % PARTS : (thread + i * THREADS) % PARTS;
+    const int row = DOWN ? thread / PARTS + i * ROWS : (thread + i * THREADS) / PARTS;
+    if (CHUNK * PARTS % THREADS != 0 && row >= CHUNK) break;
+    if constexpr (!DOWN) source = from + row * x.time + 8 * part * x.element;
+    else if (i > 0) source += ROWS * x.time;
+    const int at = Tile<PADDED>::place(row, part);
+    const bool there = row < live && 8 * part < wanted;
     if constexpr (Shape::WIDE && IO_PIECES == 1) {
-      copy_async<16>(&tile[0][to + i * ROWS * PITCH], at, there);  // reads nothing unless `there`
+      copy_async<16>(&tile.unit[0][at], source, there);  // reads nothing unless `there`
     } else {
       Raw<Io, 8> values;
-      values.template load<Shape::WIDE, INPUT>(at, x.element, there ? wanted - column : 0);
+      values.template load<Shape::WIDE, INPUT>(source, x.element, there ? wanted - 8 * part : 0);
       unsigned words[4][IO_PIECES];
 #pragma unroll
       for (int j = 0; j < 4; j++) split(words[j], values.get(2 * j), values.get(2 * j + 1));
 #pragma unroll
-      for (int p = 0; p < IO_PIECES; p++)
-        *(uint4*)&tile[p][to + i * ROWS * PITCH] = {words[0][p], words[1][p], words[2][p], words[3][p]};
+      for (int p = 0; p < IO_PIECES; p++) tile.unit[p][at] = {words[0][p], words[1][p], words[2][p], words[3][p]};
     }
   }
 }

@@ -4,14 +4,25 @@
 #include "tensor_core.cuh"
 #include "chunks.cuh"
 #include "gates.cuh"
-#include "inverse.cuh"
+#include "solve.cuh"
 
 constexpr int PREPARE_THREADS = 128;
+constexpr int HEADS = 2;  // value heads whose gates are there at a time, two warps to each
 // A decay of exp(-110) is zero in float32; sums of log decays stay where their differences are accurate.
 constexpr float LEAST_LOG_DECAY = -110.0f;
 
+// Of one value head. G is the sum of log decays from the chunk's start, in two floats. With e the last token before a
+// token's row of blocks, for s <= e < t: exp(G_t - G_s) is exp(G_t - G_e) exp(G_e - G_s), both at most 1: a factor of the
+// row and one of the column.
+struct Gates {
+  float beta[CHUNK], log_high[CHUNK], log_low[CHUNK];
+  float since[CHUNK], left[CHUNK];         // exp(G_t), exp(G_end - G_t)
+  float row[CHUNK];                        // exp(G_t - G_e)
+  float column[BLOCKS - 1][CHUNK];         // of row of blocks i + 1: exp(G_e - G_s)
+};
 struct Small {  // in shared memory, beside the tiles
-  float key_norm[CHUNK], query_norm[CHUNK], beta[CHUNK], log_high[CHUNK], log_low[CHUNK], carry[2];
+  Gates gates[HEADS];
+  float key_norm[CHUNK], query_norm[CHUNK];  // what k and q are multiplied by
 };
 
 // high + low += other, the rounding of the first kept in the second.
@@ -25,55 +36,104 @@ __device__ __forceinline__ void add(float& high, float& low, float other_high, f
 template <int PIECES> __device__ __forceinline__ float squares(const Factor<PIECES>& f, int i) {
   float x = 0.0f, y = 0.0f;
 #pragma unroll
-  for (int p = PIECES - 1; p >= 0; p--) x += low_half(f.piece[p][i]), y += high_half(f.piece[p][i]);
+  for (int p = PIECES - 1; p >= 0; p--) {
+    const float low = low_half(f.piece[p][i]), high = high_half(f.piece[p][i]);
+    x = p == PIECES - 1 ? low : x + low, y = p == PIECES - 1 ? high : y + high;
+  }
   return fmaf(x, x, y * y);
 }
 
 template <class T> __device__ __forceinline__ float value_at(const T* p) {
-  return Format<T>::get(Format<T>::template load<INPUT>(p), 0);
+  return Format<T>::get(Format<T>::template load<AT_ONCE>(p), 0);
 }
 
-// Tokens' gates of one value head: beta, and the sums of log decays from the chunk's start in two floats.
-__device__ __forceinline__ void sum_gates(const Arguments& p, const Sequence& sequence, int64 token, int live, int hv,
-                                          Small& small) {
-  const int t = threadIdx.x, lane = t % 32;
-  float high = 0.0f, low = 0.0f;
-  if (t < CHUNK) {
-    float beta = 0.0f;
-    if (t < live) {
-      const float a = value_at(sequence.begin<A_TYPE>(p.data.a, p.a, hv, token + t));
-      const float b = value_at(sequence.begin<B_TYPE>(p.data.b, p.b, hv, token + t));
-      const float A_log = value_at((const A_LOG_TYPE*)p.data.A_log + hv * p.A_log);
-      const float bias = value_at((const BIAS_TYPE*)p.data.dt_bias + hv * p.dt_bias);
-      high = fmaxf(log_decay_of(A_log, a + bias, p), LEAST_LOG_DECAY);
-      beta = p.beta_factor * sigmoid(b);
-    }
-    small.beta[t] = beta;
+// Gate inputs of one value head: a lane's two neighbours.
+struct Asked {
+  float A_log, bias, a[2], b[2];
+
+  __device__ __forceinline__ Asked(const Arguments& p, const Sequence& sequence, int64 token, int live, int hv, int lane)
+      : a{}, b{} {
+    A_log = value_at((const A_LOG_TYPE*)p.data.A_log + hv * p.A_log);
+    bias = value_at((const BIAS_TYPE*)p.data.dt_bias + hv * p.dt_bias);
+    const A_TYPE* const from_a = sequence.begin<const A_TYPE>(p.data.a, p.a, hv, token + 2 * lane);
+    const B_TYPE* const from_b = sequence.begin<const B_TYPE>(p.data.b, p.b, hv, token + 2 * lane);
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float other_high = __shfl_up_sync(0xffffffffu, high, step);
-      const float other_low = __shfl_up_sync(0xffffffffu, low, step);
-      if (lane >= step) add(high, low, other_high, other_low);
-    }
-    if (t == 31) small.carry[0] = high, small.carry[1] = low;
+    for (int i = 0; i < 2; i++)
+      if (2 * lane + i < live) a[i] = value_at(from_a + i * p.a.time), b[i] = value_at(from_b + i * p.b.time);
   }
-  __syncthreads();
-  if (t < CHUNK) {
-    if (t >= 32) add(high, low, small.carry[0], small.carry[1]);
-    small.log_high[t] = high, small.log_low[t] = low;
-  }
-  __syncthreads();
-}
+};
 
-__device__ __forceinline__ void keep(Triangle& to, int block, const Factor<Shape::PIECES>& x, int lane) {
+// What follows from them. Two warps sum the same, and form the factors of every other token each.
+__device__ __forceinline__ void set_gates(Gates& gates, const Arguments& p, const Asked& asked, int live, int lane,
+                                          int odd) {
+  float log_decay[2] = {}, high = 0.0f, low = 0.0f;
 #pragma unroll
-  for (int p = 0; p < Shape::PIECES; p++)
-    to.block[p][block][lane] = {x.piece[p][0], x.piece[p][1], x.piece[p][2], x.piece[p][3]};
+  for (int i = 0; i < 2; i++)
+    if (2 * lane + i < live)
+      log_decay[i] = fmaxf(log_decay_of(asked.A_log, asked.a[i] + asked.bias, p), LEAST_LOG_DECAY);
+  add(high, low, log_decay[0], 0.0f);
+  add(high, low, log_decay[1], 0.0f);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float other_high = __shfl_up_sync(0xffffffffu, high, step);
+    const float other_low = __shfl_up_sync(0xffffffffu, low, step);
+    if (lane >= step) add(high, low, other_high, other_low);
+  }
+  float end_high[BLOCKS], end_low[BLOCKS];  // of the rows of blocks
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    end_high[i] = __shfl_sync(0xffffffffu, high, 8 * i + 7);
+    end_low[i] = __shfl_sync(0xffffffffu, low, 8 * i + 7);
+  }
+  if (!odd) {  // the lane's first token: the sum before both, and it
+    high = __shfl_up_sync(0xffffffffu, high, 1), low = __shfl_up_sync(0xffffffffu, low, 1);
+    if (lane == 0) high = low = 0.0f;
+    add(high, low, log_decay[0], 0.0f);
+  }
+  const int t = 2 * lane + odd, row = t / 16;
+  gates.beta[t] = t < live ? p.beta_factor * sigmoid(odd ? asked.b[1] : asked.b[0]) : 0.0f;
+  gates.log_high[t] = high, gates.log_low[t] = low;
+  gates.since[t] = expf(high + low);
+  gates.left[t] = expf((end_high[BLOCKS - 1] - high) + (end_low[BLOCKS - 1] - low));
+  float within = 0.0f;
+#pragma unroll
+  for (int i = 0; i < BLOCKS - 1; i++) {
+    const float until = (end_high[i] - high) + (end_low[i] - low);
+    if (row == i + 1) within = -until;
+    if (row <= i) gates.column[i][t] = expf(until);
+  }
+  gates.row[t] = expf(within);
 }
 
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ Arguments p) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  constexpr int P = Shape::PITCH;
+// What the scan needs of rows, with their norms.
+__device__ __forceinline__ void keep_scales(Record& record, const Gates& gates, const Small& small) {
+  const int t = threadIdx.x % CHUNK;
+  const float since = gates.since[t], key_norm = small.key_norm[t];
+  if (threadIdx.x < CHUNK) {
+    record.key_scale[t] = since * key_norm;
+    record.query_scale[t] = since * small.query_norm[t];
+  } else {
+    record.keep_scale[t] = gates.left[t] * key_norm;
+    if (t == CHUNK - 1) *(float4*)&record.total = {since, 0.0f, 0.0f, 0.0f};
+  }
+}
+
+// c += x b. Tensor cores cut sums off: those of 16 products are formed by themselves where that is too much for c.
+template <int LEFT, int RIGHT>
+__device__ __forceinline__ void add_product(Block& c, const Factor<LEFT>& x, const unsigned (&b)[RIGHT][4]) {
+  if constexpr (Shape::PIECES == 1) {
+    multiply<3>(c[0], c[1], x, b);
+  } else {
+    Block sum = {};
+    multiply<3>(sum[0], sum[1], x, b);
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] += sum[i / 4][i % 4];
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, Shape::PIECES == 1 ? 4 : 3)
+    prepare(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int64 slot = (int64)blockIdx.z * gridDim.y + blockIdx.y;
   const int64 n = sequence_of(p, slot);
@@ -84,30 +144,35 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __gr
   if (live <= 0) return;
   const int head = blockIdx.x;
 
-  Small& small = *(Small*)memory;
-  struct Tiles { Tile<P> keys, queries; };
-  Tiles& tiles = *(Tiles*)(memory + (sizeof(Small) + 15) / 16 * 16);
-  const Io* const k = sequence.begin<const Io>(p.data.k, p.k, head, token);
-  const Io* const q_ = sequence.begin<const Io>(p.data.q, p.q, head, token);
-  stage<Shape::KEYS, P, PREPARE_THREADS>(tiles.keys, k, p.k, live, Shape::K);
-  stage<Shape::KEYS, P, PREPARE_THREADS>(tiles.queries, q_, p.q, live, Shape::K);
+  using Keys = Tile<Shape::KEYS>;
+  struct Tiles { Keys keys, queries; };
+  Tiles& tiles = *(Tiles*)memory;
+  Solve& solve = *(Solve*)memory;  // when those have been read
+  Small& small = *(Small*)(memory + (sizeof(Tiles) > sizeof(Solve) ? sizeof(Tiles) : sizeof(Solve)));
+  const int first = head * Shape::SHARING;  // value head
+  const auto ask = [&](int i) { return Asked(p, sequence, token, live, first + min(i, Shape::SHARING - 1), lane); };
+  const Asked asked = ask(warp / 2);  // of one head alone, two times the same
+  stage<Shape::KEYS, PREPARE_THREADS>(tiles.keys, sequence.begin<const Io>(p.data.k, p.k, head, token), p.k, live,
+                                      Shape::K, threadIdx.x);
+  stage<Shape::KEYS, PREPARE_THREADS>(tiles.queries, sequence.begin<const Io>(p.data.q, p.q, head, token), p.q, live,
+                                      Shape::K, threadIdx.x);
+  if (warp / 2 < Shape::SHARING) set_gates(small.gates[warp / 2], p, asked, live, lane, warp % 2);
   wait_for_copies();
   __syncthreads();
 
-  // k_t . k_s and q_t . k_s, and the squares of this warp's rows on the way.
-  float kk[2 * BLOCKS][4] = {}, qk[2 * BLOCKS][4] = {};
+  // k_t . k_s and q_t . k_s for this warp's rows of blocks: the diagonal one, then those before it; and squares.
+  Block kk[BLOCKS] = {}, qk[BLOCKS] = {};
   float key_squares[2] = {}, query_squares[2] = {};
-  const Shared key_columns = at_right<P>(tiles.keys[0], lane);
-  const Shared key_rows = at_left<P>(tiles.keys[0] + 16 * warp * P, lane);
-  const Shared query_rows = at_left<P>(tiles.queries[0] + 16 * warp * P, lane);
+  const Corner<Keys> key_columns = columns_of(tiles.keys, lane);
+  const Corner<Keys> key_rows = rows_of(tiles.keys, lane), query_rows = rows_of(tiles.queries, lane);
 #pragma unroll
-  for (int i = 0; i < Shape::KEYS; i += 16) {
+  for (int i = 0; i < Shape::KEYS / 16; i++) {
     Factor<IO_PIECES> k_rows, q_rows;
     unsigned columns[IO_PIECES][4];
 #pragma unroll
     for (int r = 0; r < IO_PIECES; r++) {
-      load_matrices(k_rows.piece[r], key_rows + beyond<P>(r * CHUNK, i));
-      load_matrices(q_rows.piece[r], query_rows + beyond<P>(r * CHUNK, i));
+      load_matrices(k_rows.piece[r], key_rows.at(16 * warp, 16 * i, r));
+      load_matrices(q_rows.piece[r], query_rows.at(16 * warp, 16 * i, r));
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -117,11 +182,11 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __gr
 #pragma unroll
     for (int j = 0; j < BLOCKS; j++) {
       if (j > warp) continue;
+      const int row = j == 0 ? 16 * warp : 16 * (j - 1);
 #pragma unroll
-      for (int r = 0; r < IO_PIECES; r++)
-        load_matrices(columns[r], key_columns + beyond<P>(r * CHUNK + 16 * j, i));
-      multiply(kk[2 * j], kk[2 * j + 1], k_rows, columns);
-      multiply(qk[2 * j], qk[2 * j + 1], q_rows, columns);
+      for (int r = 0; r < IO_PIECES; r++) load_matrices(columns[r], key_columns.at(row, 16 * i, r));
+      add_product(kk[j], k_rows, columns);
+      add_product(qk[j], q_rows, columns);
     }
   }
 #pragma unroll
@@ -137,69 +202,86 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __gr
     }
   }
 
-  float* const matrix = (float*)&tiles;  // which have been read
-  float* const between = matrix + CHUNK * INVERSE_PITCH;
-  for (int i = 0; i < Shape::SHARING; i++) {
-    const int hv = head * Shape::SHARING + i;
-    sum_gates(p, sequence, token, live, hv, small);  // its barriers stand between the tiles and the matrix, too
-    Record& record = p.data.records[slot * p.heads + hv];
+  __syncthreads();  // norms are there, and the tiles have been read
 #pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
-      if (j > warp) {  // zeros, for the products of the inverse
+  for (int j = 0; j < BLOCKS; j++) {
+    if (j > warp) continue;
 #pragma unroll
-        for (int c = 0; c < 8; c++)
-          matrix[(16 * warp + g + c / 4 * 8) * INVERSE_PITCH + 16 * j + 2 * q + c / 2 % 2 * 8 + c % 2] = 0.0f;
-        continue;
-      }
-      Factor<Shape::PIECES> pairs;  // in the order of a right factor
-#pragma unroll
-      for (int half = 0; half < 2; half++) {  // rows g and g + 8
-        const int t = 16 * warp + g + 8 * half;
-        const float beta = small.beta[t] * small.key_norm[t], query = small.query_norm[t];
-        const float high = small.log_high[t], low = small.log_low[t];
-#pragma unroll
-        for (int side = 0; side < 2; side++) {  // columns 0 to 7 and 8 to 15
-          float attend[2];
-#pragma unroll
-          for (int c = 0; c < 2; c++) {
-            const int s = 16 * j + 8 * side + 2 * q + c;
-            const float sum = (high - small.log_high[s]) + (low - small.log_low[s]);
-            const float decay = s <= t ? expf(sum) * small.key_norm[s] : 0.0f;
-            matrix[t * INVERSE_PITCH + s] = s < t ? beta * decay * kk[2 * j + side][2 * half + c] : 0.0f;
-            attend[c] = s <= t ? query * decay * qk[2 * j + side][2 * half + c] : 0.0f;
-          }
-          pairs.set(2 * half + side, attend[0], attend[1]);
-        }
-      }
-      keep(record.attend, block_of(warp, j), pairs, lane);
-    }
-    __syncthreads();
-    invert(matrix, between);
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
-      if (j > warp) continue;
-      Factor<Shape::PIECES> pairs;
+    for (int side = 0; side < 2; side++) {
+      const int s = 16 * (j == 0 ? warp : j - 1) + 8 * side + 2 * q;
+      const float2 column = *(const float2*)&small.key_norm[s];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int side = 0; side < 2; side++) {
-          const int t = 16 * warp + g + 8 * half, s = 16 * j + 8 * side + 2 * q;
-          const float2 x = *(const float2*)(matrix + t * INVERSE_PITCH + s);
-          pairs.set(2 * half + side, x.x * small.beta[s], x.y * small.beta[s + 1]);
-        }
+        const int t = 16 * warp + g + 8 * half;
+        const float key = small.key_norm[t], query = small.query_norm[t];
+        float *const k = &kk[j][side][2 * half], *const x = &qk[j][side][2 * half];
+        k[0] *= key * column.x, k[1] *= key * column.y, x[0] *= query * column.x, x[1] *= query * column.y;
       }
-      keep(record.solve, block_of(warp, j), pairs, lane);
     }
-    if (threadIdx.x < CHUNK) {
-      const int t = threadIdx.x;
-      const float high = small.log_high[t], low = small.log_low[t];
-      const float since = expf(high + low);
-      const float left = expf((small.log_high[CHUNK - 1] - high) + (small.log_low[CHUNK - 1] - low));
-      record.key_scale[t] = since * small.key_norm[t];
-      record.query_scale[t] = since * small.query_norm[t];
-      record.keep_scale[t] = left * small.key_norm[t];
-      if (t == CHUNK - 1) *(float4*)&record.total = {since, 0.0f, 0.0f, 0.0f};
+  }
+
+  for (int i = 0; i < Shape::SHARING; i++) {
+    if (i > 0 && i % HEADS == 0) {  // gates of the next two
+      __syncthreads();
+      if (i + warp / 2 < Shape::SHARING)
+        set_gates(small.gates[warp / 2], p, ask(i + warp / 2), live, lane, warp % 2);
+      __syncthreads();
     }
-    __syncthreads();  // before the next head's gates and matrix
+    const Gates& gates = small.gates[i % HEADS];
+    Record& record = p.data.records[slot * p.heads + first + i];
+    keep_scales(record, gates, small);
+
+    Part couplings[BLOCKS - 1];
+#pragma unroll
+    for (int j = 0; j < BLOCKS - 1; j++) {
+      if (j >= warp) continue;
+      Factor<Shape::PIECES> attend;
+#pragma unroll
+      for (int part = 0; part < 4; part++) {  // rows g and g + 8; columns 0 to 7 and 8 to 15
+        const int half = part % 2, side = part / 2, t = 16 * warp + g + 8 * half;
+        const float2 column = *(const float2*)&gates.column[warp - 1][16 * j + 8 * side + 2 * q];
+        const float *const k = &kk[j + 1][side][2 * half], *const x = &qk[j + 1][side][2 * half];
+        const float query = gates.row[t], key = gates.beta[t] * query;
+        couplings[j].set(part, key * column.x * k[0], key * column.y * k[1]);
+        attend.set(part, query * column.x * x[0], query * column.y * x[1]);
+      }
+      keep(record.attend.word[0][block_of(warp, j)], TRIANGLE * 128, attend, lane);
+    }
+    {  // the diagonal block, entry by entry
+      Factor<Shape::PIECES> attend;
+      float* const diagonal = solve.diagonal[warp];
+#pragma unroll
+      for (int part = 0; part < 4; part++) {
+        const int half = part % 2, side = part / 2, row = g + 8 * half, column = 8 * side + 2 * q;
+        float key[2] = {}, query[2] = {};
+        if (side <= half) {
+          const int t = 16 * warp + row;
+          const float high = gates.log_high[t], low = gates.log_low[t], beta = gates.beta[t];
+          const float2 other_high = *(const float2*)&gates.log_high[16 * warp + column];
+          const float2 other_low = *(const float2*)&gates.log_low[16 * warp + column];
+          const float sum[2] = {(high - other_high.x) + (low - other_low.x), (high - other_high.y) + (low - other_low.y)};
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const float decay = column + c <= row ? expf(sum[c]) : 0.0f;
+            key[c] = column + c < row ? beta * decay * kk[0][side][2 * half + c] : 0.0f;
+            query[c] = column + c <= row ? decay * qk[0][side][2 * half + c] : 0.0f;
+          }
+        }
+        *(float2*)(diagonal + row * DIAGONAL_PITCH + column) = {key[0], key[1]};
+        attend.set(part, query[0], query[1]);
+      }
+      keep(record.attend.word[0][block_of(warp, warp)], TRIANGLE * 128, attend, lane);
+    }
+    __syncwarp();
+    solve_row(solve, i % 2, couplings, warp, lane, [&](int j, const Block& row) {
+      Factor<Shape::PIECES> scaled;
+#pragma unroll
+      for (int part = 0; part < 4; part++) {
+        const float2 beta = *(const float2*)&gates.beta[16 * j + part / 2 * 8 + 2 * q];
+        const float* const x = &row[part / 2][part % 2 * 2];
+        scaled.set(part, beta.x * x[0], beta.y * x[1]);
+      }
+      keep(record.solve.word[0][block_of(warp, j)], TRIANGLE * 128, scaled, lane);
+    });
   }
 }

@@ -79,27 +79,14 @@ template <int PIECES> struct Factor {
   }
 };
 
-// c += x b, both in pieces, for two accumulators side by side. Of the products of pieces those count that a float can
-// hold; the smallest come first.
-template <int LEFT, int RIGHT>
+// c += x b, both in pieces, for two accumulators side by side. Of the products of pieces those count whose places add
+// up to less than DEPTH, three being all that a float can hold; the smallest come first.
+template <int DEPTH, int LEFT, int RIGHT>
 __device__ __forceinline__ void multiply(float (&c)[4], float (&d)[4], const Factor<LEFT>& x,
                                          const unsigned (&b)[RIGHT][4]) {
 #pragma unroll
   for (int p = LEFT - 1; p >= 0; p--)
 #pragma unroll
     for (int r = RIGHT - 1; r >= 0; r--)
-      if (p + r < 3) multiply(c, x.piece[p], b[r][0], b[r][1]), multiply(d, x.piece[p], b[r][2], b[r][3]);
-}
-
-// Where lane `lane` points for the first 16 x 16 matrix of a tile in shared memory: for a left factor, or a right
-// factor as it lies (transposed when loaded); and for a right factor whose columns are the tile's rows. Others are
-// `beyond` it.
-template <int PITCH> __device__ __forceinline__ Shared at_left(const bfloat16* tile, int lane) {
-  return shared_of(tile + ((lane & 7) + (lane & 8)) * PITCH + (lane & 16) / 2);
-}
-template <int PITCH> __device__ __forceinline__ Shared at_right(const bfloat16* tile, int lane) {
-  return shared_of(tile + ((lane & 7) + (lane & 16) / 2) * PITCH + (lane & 8));
-}
-template <int PITCH> __device__ __forceinline__ constexpr int beyond(int row, int column) {
-  return (int)sizeof(bfloat16) * (row * PITCH + column);
+      if (p + r < DEPTH) multiply(c, x.piece[p], b[r][0], b[r][1]), multiply(d, x.piece[p], b[r][2], b[r][3]);
 }

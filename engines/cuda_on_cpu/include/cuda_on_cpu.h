@@ -5,7 +5,7 @@
 //
 // Supported: 1-D to 3-D grids, static and dynamic shared memory, __syncthreads, named barriers of a whole block,
 // __syncwarp, the four shuffles, votes, atomicAdd, the common intrinsics, vector types, products of bfloat16 matrices
-// (16 x 8 x 16) and the loads that go with them. Not supported: inline PTX, asynchronous copies (one that is waited for too
+// (16 x 8 x 16, and those of four warps) and the loads that go with them. Not supported: inline PTX, asynchronous copies (one that is waited for too
 // late is not noticed), barriers of a part of a block, clusters, textures, and anything in which blocks wait for each
 // other. A kernel asks for CUDA_ON_CPU where it needs another spelling.
 #pragma once
@@ -67,6 +67,27 @@ uint64_t exchange(unsigned mask, uint64_t mine, unsigned from);
 // until the next warp operation.
 constexpr unsigned BOARD = 8;
 const unsigned* lay_down(const unsigned* words, unsigned count);
+
+// Tensor cores (tensor_core.cpp): one lane's part of c += a b, 16 x 8 x 16, and of a product of four warps.
+struct Product {
+  float* c;
+  const unsigned* a;
+  unsigned b[2];
+};
+void multiply_warp(const Product& mine);
+struct GroupProduct {
+  float* c;
+  const unsigned* a;
+  unsigned columns;
+  bool transposed, add;
+  const char* at;
+  int k_step, n_step;  // both 0: rows of 128 bytes, swizzled
+};
+void group_begin();
+void group_multiply(const GroupProduct& mine);
+void group_commit();
+void group_wait(unsigned left);
+void publish_shared();
 
 template <class To, class From> inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -226,19 +247,32 @@ CUDA_ON_CPU_UNWATCHED inline unsigned transposed(unsigned pair) {
   return first | (column[(2 * (lane % 4) + 1) * 4 * cuda_on_cpu::BOARD] >> shift & 0xffffu) << 16;
 }
 CUDA_ON_CPU_UNWATCHED inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1}, lane = cuda_on_cpu::now.lane;
-  const unsigned* const board = cuda_on_cpu::lay_down(mine, 6);
-  for (unsigned e = 0; e < 4; e++) {
-    const unsigned row = e / 2, column = 2 * (lane % 4) + e % 2;
-    float sum = 0;
-    for (unsigned k = 0; k < 16; k++) {
-      const unsigned part = k / 8, holder = k % 8 / 2, shift = k % 2 * 16;
-      const unsigned left = board[(lane / 4 * 4 + holder) * cuda_on_cpu::BOARD + row + 2 * part];
-      const unsigned right = board[(column * 4 + holder) * cuda_on_cpu::BOARD + 4 + part];
-      sum += bfloat_to_float(left >> shift & 0xffffu) * bfloat_to_float(right >> shift & 0xffffu);
-    }
-    c[e] += sum;
-  }
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  const unsigned left[4] = {a[0], a[1], a[2], a[3]};
+  cuda_on_cpu::multiply_warp({sum, left, {b0, b1}});
+  for (int e = 0; e < 4; e++) c[e] = sum[e];
 }
 inline void group_copies() {}
 template <int LEFT> inline void wait_for_group() {}
+
+// Group products (wgmma), see backends/cupy_chunked/kernels/group.cuh. Until they have been waited for, accumulators
+// hold NaN, and B has not been read.
+struct Matrix {
+  Shared at;
+  int k_step, n_step;  // bytes from one core matrix to the next, along the inner dimension and along the columns; or 0
+};
+inline Matrix matrix_of(const void* shared, int k_step, int n_step) { return {shared_of(shared), k_step, n_step}; }
+inline Matrix swizzled_matrix_of(const void* shared) { return {shared_of(shared), 0, 0}; }
+inline Matrix moved(Matrix m, int bytes) { return {m.at + bytes, m.k_step, m.n_step}; }
+inline void group_begin() { cuda_on_cpu::group_begin(); }
+template <int N, bool TRANSPOSED>
+CUDA_ON_CPU_UNWATCHED inline void group_multiply(float* c, const unsigned (&a)[4], Matrix b, bool add) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256, "columns");
+  cuda_on_cpu::group_multiply({c, a, N, TRANSPOSED, add, b.at, b.k_step, b.n_step});
+}
+inline void group_commit() { cuda_on_cpu::group_commit(); }
+template <int LEFT> inline void group_wait() {
+  static_assert(LEFT >= 0 && LEFT < 8, "groups");
+  cuda_on_cpu::group_wait(LEFT);
+}
+inline void publish_shared() { cuda_on_cpu::publish_shared(); }

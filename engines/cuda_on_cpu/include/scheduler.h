@@ -1,4 +1,4 @@
-// Between the scheduler and the watch: who is running, and in which stretch between barriers.
+// Between the scheduler, the watch and the tensor cores: who is running, and in which stretch between barriers.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,7 @@ enum Outcome {
   FAULT = 4,      // an address that is not mapped
   UNDEFINED = 5,  // undefined behaviour: overflow, shift, misaligned access, array bound
   FORBIDDEN = 6,  // the watch objects
+  MISUSED = 7,    // group products that are not begun, committed or waited for, or of what they cannot multiply
 };
 
 struct Standing {  // of the running thread
@@ -36,5 +37,12 @@ void describe(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void watch_block_start();  // a new block: its shared memory is unwritten
 bool watching();
+void watch_group_read(const void* p, size_t bytes);  // the running thread's group product reads what was published
+void watch_publish();
+
+void meet_lanes(unsigned mask, bool orders);  // a warp operation of the running thread; does it order memory?
+void tensor_block_start(unsigned threads);
+void tensor_thread_end();
+void tensor_block_end();
 
 }  // namespace cuda_on_cpu

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isokern.backends.cupy_chunked.arguments import CHUNK, RECORDS_AT, aligned, records, slots, template
+from isokern.backends.cupy_chunked.arguments import CHUNK, RECORDS_AT, aligned, record_bytes, records, slots, template
 from isokern.backends.launch.chain import Chain
 from isokern.backends.launch.compiler import Layout, Variant
 from isokern.backends.launch.image import Image
@@ -124,7 +124,7 @@ def test_there_is_a_slot_for_every_chunk_and_no_two_meet(lengths):
         first += length
     assert len(set(taken)) == len(taken)
     assert max(taken, default=-1) < slots(call)
-    assert records(call, 3) == slots(call) * call.hv * (3 * 10240 + 784)
+    assert records(call, 3) == slots(call) * call.hv * record_bytes(3)
 
 
 def test_slots_of_equal_lengths():

@@ -76,7 +76,11 @@ class ChunkedCompiler:
 
     def image(self, variant: Variant, fresh: bool = False) -> Image:
         special = self.specialization
-        options = (f"--gpu-architecture=sm_{target(self.kernel, special, self.arch)}", *NVRTC_OPTIONS, *special.options(self.kernel, variant.wide))
+        options = (
+            f"--gpu-architecture=sm_{target(self.kernel, special, self.arch)}",
+            *NVRTC_OPTIONS,
+            *special.options(self.kernel, variant.wide),
+        )
         path = file_of("cupy_chunked", (source(self.kernel), str(options), nvrtc_version()))
         if fresh:
             discard(path)

@@ -1,10 +1,10 @@
 """The config space: columns of V per block of the scan, and chunks in flight.
 
 ``warps`` (2, 4, 8) of the scan's blocks have 16 columns of V each: fewer make more blocks, which fill a chip that has
-few heads and sequences to work on; more share what a block brings to shared memory. ``stages`` (2 to 4) chunks are there
-or on their way at a time, as many as fit or one less; 1 where no more fit. ``group``: four warps multiply together (``wgmma``, Hopper alone)
-instead of each for itself. ``chunk`` is no choice: it is what the error bound is computed from. ``warps`` and ``stages``
-change no bit of the result.
+few heads and sequences to work on; more share what a block brings to shared memory. ``stages`` (2 to 4) chunks are
+there or on their way at a time, as many as fit or one less; 1 where no more fit. ``group``: four warps multiply
+together (``wgmma``, Hopper alone) instead of each for itself. ``chunk`` is no choice: it is what the error bound is
+computed from. No config changes a bit of the result.
 """
 
 from __future__ import annotations

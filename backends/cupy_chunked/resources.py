@@ -66,7 +66,9 @@ def measure(problem: Problem, config: Config) -> Row:
     row: list[int] = []
     for kernel in KERNELS:
         macros = special.options(kernel, wide=True)
-        registers, spills, static = reported(source(kernel), f"{kernel}.cu", macros, target(kernel, special, problem.arch))
+        registers, spills, static = reported(
+            source(kernel), f"{kernel}.cu", macros, target(kernel, special, problem.arch)
+        )
         threads, dynamic = block(kernel, special)
         shared = static + dynamic
         warps = resident_warps(threads, registers, shared, shared_limit(problem.arch) + 1024)

@@ -7,6 +7,7 @@ import torch
 from isokern.registry.conformance.check import BackendRaised, Violation
 from isokern.registry.conformance.subject import Subject
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.cases import FLOAT32
 from isokern.registry.ops.fused_sigmoid_gating.checks.kwargs import fresh, with_slots
 from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial, bits
 from isokern.registry.ops.fused_sigmoid_gating.judge import judge
@@ -17,8 +18,13 @@ from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 CONFIGS = 6
 
 
+#: A relative error that float32 sums of a few hundred terms stay below, where none is much larger than the sum.
+PRECISE = 1e-6
+
 #: More tokens than a window holds, an empty sequence, one without a slot, K and V that fill no tile.
 BASE = CaseSpec("base", (11, 0, 3), h=1, hv=2, k=20, v=24, padded=(2,), state_layout="vk")
+#: Sums that only grow show what is cut off them.
+EQUAL_KEYS = FLOAT32.but(h=1, hv=1, padded=(), distribution="equal_keys")
 CASES = {
     "base": BASE,
     "kv": BASE.but(state_layout="kv"),
@@ -30,6 +36,14 @@ CASES = {
     "far": BASE.but(lengths=(3, 0, 0), padded=(1, 2)),
     "separate slots": BASE.but(update="separate"),
     "chunks": BASE.but(lengths=(3, 70, 0, 130), k=24, padded=(3,)),
+    "ring": BASE.but(lengths=(330,), k=24, padded=()),
+    "memory": BASE.but(lengths=(70,), k=24, padded=(), distribution="long_memory"),
+    "extreme": EQUAL_KEYS.but(lengths=(70,), h=2, hv=2, k=16, v=8, distribution="extreme"),
+    "five heads": BASE.but(lengths=(3,), hv=5, padded=()),
+    "wide": BASE.but(lengths=(3, 40), k=72, padded=()),
+    "float32": EQUAL_KEYS.but(lengths=(11, 3), k=16, v=8, distribution="typical"),
+    "equal keys": EQUAL_KEYS.but(lengths=(200,), hv=2, v=24, k=64, neg_eigval=True),
+    "long": EQUAL_KEYS.but(lengths=(1000,), k=16, v=8),
 }
 
 
@@ -52,12 +66,15 @@ def shown_by(means, subject, spec, truth):
             return isinstance(error, Violation) or isinstance(error.__cause__, Violation)
         return False
     results = trial.run(subject)
-    if means == "values":
+    if means in ("values", "misuse"):
         try:
             trial.check_untouched()
         except Violation:
             return True
         return not judge(trial.call, trial.out, truth).ok
+    if means == "precise":
+        judged = judge(trial.call, trial.out, truth)
+        return max(judged.rel_o, judged.rel_state) > PRECISE
     if means == "error":
         return False
     for _, active in subject.engine.schedules():
@@ -87,17 +104,31 @@ def beyond(subject, spec):
     return not torch.equal(bits(call.out.flatten(0, 1)), bits(want.o))
 
 
-def found(backend, engine, means, case):
+def showing(backend, engine, means, case, where=""):
+    """Whether the fault shows in each part of the configs that has to show it: see ``planted_faults``."""
     spec = CASES[case]
     tried = subjects(backend, engine, spec)
     call = Trial.of(spec).call
     truth = reference(call, chunk=tried[0].chunk(call))
-    for subject in tried:
-        try:
-            if shown_by(means, subject, spec, truth):
-                return True
-        except BackendRaised:
-            if means == "error":
-                return True
-            raise
-    return False
+    return [any(shows(means, subject, spec, truth) for subject in some) for some in parts(tried, where)]
+
+
+def parts(tried, where):
+    match where:
+        case "":
+            return [tried]
+        case "first":
+            return [tried[:1]]
+        case _:
+            kinds = {"group": (True,), "each": (True, False)}[where]
+            return [[next(s for s in tried if s.config["group"] is kind)] for kind in kinds]
+
+
+def shows(means, subject, spec, truth):
+    """As ``shown_by``, where an error of the engine may be what shows it."""
+    try:
+        return shown_by(means, subject, spec, truth)
+    except BackendRaised:
+        if means in ("error", "misuse"):
+            return True
+        raise

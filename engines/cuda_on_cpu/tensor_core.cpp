@@ -86,13 +86,14 @@ struct Lane {
   bool begun;           // group_begin, since the last wait
 };
 
-// An accumulator that products are queued for: the kernel sees a NaN that says which of these it is.
+// An accumulator that products are queued for: the kernel sees a NaN that says which of these it is. A signalling one:
+// it may be moved, but arithmetic makes it a quiet one, which shows.
 struct Pending {
   float* at;
   float value;
   unsigned products;
 };
-constexpr unsigned MARK = 0x7fc00000u, MARKED = ~0x3fffffu;  // more numbers than a warp's stacks have floats
+constexpr unsigned MARK = 0x7fa00000u, MARKED = ~0x1fffffu;  // as many numbers as a warp's stacks have floats
 
 struct Queued {
   GroupProduct product;

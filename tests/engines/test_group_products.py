@@ -36,6 +36,7 @@ ACTIONS = (
     "a lane that stays out",
     "two lanes that disagree",
     "accumulator written",
+    "accumulator scaled",
     "outside shared memory",
     "misaligned",
     "not published",
@@ -105,6 +106,7 @@ __device__ void product(unsigned char* memory, const bfloat* x, const bfloat* y,
   if (action == DO_OVERWRITTEN_BEFORE_THE_WAIT) fill(t / 32 * 32, 1, 0);
   if (action == DO_OVERWRITTEN_BY_ANOTHER_WARP && warp == 3) fill(lane, 32, 0);
   if (action == DO_ACCUMULATOR_WRITTEN && t == 37) c[1][2] = 0;
+  if (action == DO_ACCUMULATOR_SCALED && t == 37) c[1][2] *= 2.0f;
   if (action == DO_TWO_GROUPS) {  // the older one arrives first: what is left is the newer one, in d
     group_multiply<16, TRANSPOSED>(d[0], a[0], b, false);
     group_commit();
@@ -239,6 +241,7 @@ class TestWhatIsReported:
             ("a lane that stays out", DivergenceError, "threads 64 and 70 are not at the same operation"),
             ("two lanes that disagree", DivergenceError, "threads 0 and 9 ask for different group products"),
             ("accumulator written", KernelError, "warp 1: an accumulator was written"),
+            ("accumulator scaled", KernelError, "warp 1: an accumulator was written"),
             ("outside shared memory", KernelError, r"rows 8\.\. and columns 40\.\. of its matrix outside shared"),
             ("misaligned", KernelError, "in steps of 16 bytes"),
         ],

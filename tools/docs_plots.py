@@ -23,6 +23,11 @@ _CPU = {
     "transformers torch_chunk_gated_delta_rule": "transformers, chunk",
     "transformers torch_recurrent_gated_delta_rule": "transformers, recurrent",
 }
+_PROMPTS = {
+    "isokern": "isokern's choice",
+    "cupy_chunked_bf16": "cupy_chunked_bf16 (operands in bfloat16)",
+    "cupy_chunked": "cupy_chunked (float32)",
+}
 _HOST_CASE = "decode N=4 H=16 HV=32 float32"
 _HOST = {
     "isokern through torch.library": "op, through torch.library",
@@ -113,6 +118,18 @@ def short(results: Path = RESULTS) -> Plot:
     return Plot("short", "dots", "sequences x tokens", "us per call", panels, text, source)
 
 
+def prompts(results: Path = RESULTS) -> Plot:
+    """Long sequences, alone, in packs and skewed."""
+    result, source = _newest("peers", results)
+    panels = []
+    for heads in ("H=16 HV=32", "H=4 HV=8"):
+        case = re.compile(rf"prefill (.+) {heads}")
+        rows = [(found[1], row) for row in result["rows"] if (found := case.fullmatch(row["case"])) and _timed(row)]
+        panels.append(Panel(heads.replace("=", " = "), _series(rows, "graph_us", _PROMPTS)))
+    text = "Prompts, number x tokens each, in a CUDA graph (K = V = 128; skew: one of 6208 tokens and 31 of 64)"
+    return Plot("prompts", "dots", "prompts", "us per call", tuple(panels), text, source)
+
+
 def host(results: Path = RESULTS) -> Plot:
     """What a call costs the host, whole calls only."""
     result, source = _newest("host_cost", results)
@@ -153,7 +170,7 @@ def padding(results: Path = RESULTS) -> Plot:
 
 #: By the name that a page gives in ``<!-- plot: NAME -->``.
 PLOTS: dict[str, Callable[..., Plot]] = {
-    make.__name__: make for make in (decode, decode_bfloat16, short, host, cpu, padding)
+    make.__name__: make for make in (decode, decode_bfloat16, short, prompts, host, cpu, padding)
 }
 
 

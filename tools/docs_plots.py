@@ -120,7 +120,7 @@ def short(results: Path = RESULTS) -> Plot:
 
 def prompts(results: Path = RESULTS) -> Plot:
     """Long sequences, alone, in packs and skewed."""
-    result, source = _newest("peers", results)
+    result, source = _newest("peers", results, lambda row: row["case"].startswith("prefill"))
     panels = []
     for heads in ("H=16 HV=32", "H=4 HV=8"):
         case = re.compile(rf"prefill (.+) {heads}")
@@ -174,9 +174,9 @@ PLOTS: dict[str, Callable[..., Plot]] = {
 }
 
 
-def _newest(what: str, results: Path) -> tuple[dict[str, Any], str]:
-    """The newest result of a kind, which the tables show as well, and where it comes from in one line."""
-    result, file = newest(what, lambda row: _timed(row) or row["eager_us"] is not None, results)
+def _newest(what: str, results: Path, having: Callable[[Row], bool] = lambda row: True) -> tuple[Row, str]:
+    """The newest times of a kind, which the tables show as well, and where they come from in one line."""
+    result, file = newest(what, lambda row: having(row) and (_timed(row) or row["eager_us"] is not None), results)
     meta = result["meta"]
     where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads"
     return result, f"measured {meta['date']} on {where}; benchmarks/results/{file.name}"

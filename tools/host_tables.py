@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from isokern.tools.results import RESULTS, newest
 
 
 def host_cost(results: Path = RESULTS) -> str:
     """Backend, implementation x case: host microseconds; whole calls first, then their parts."""
-    files = sorted(results.glob("*_host_cost.json"))
-    if not files:
+    try:
+        result, _ = newest("host_cost", results=results)
+    except FileNotFoundError:
         return "Not measured yet.\n"
-    result = json.loads(files[-1].read_text())
     whole = [row for row in result["rows"] if not row["extra"]["part"]]
     parts = [row for row in result["rows"] if row["extra"]["part"]]
     return _table("whole calls", whole) + "\n" + _table("parts", parts) + _source(result["meta"])

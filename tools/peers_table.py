@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isokern.tools.results import RESULTS, newest
+
 __all__ = ["Line", "lines_of", "peers", "render"]
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 #: The registry's own choice, and isokern's own backends; every other implementation is a peer.
 CHOICE = "isokern"
 _GROUPS = {
@@ -140,11 +139,11 @@ def _markdown(table: list[list[str]]) -> str:
 
 
 def peers(results: Path = RESULTS) -> str:
-    """The newest results file that names its peers; a sentence where there is none."""
-    for file in sorted(results.glob("*_peers.json"), reverse=True):
-        result = json.loads(file.read_text())
-        if "peers" in result["meta"]:
-            meta = result["meta"]
-            versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
-            return render(result) + f"\nMeasured {meta['date']} on {meta['gpu']}; {versions}; `{meta['command']}`.\n"
-    return "Not measured yet.\n"
+    """The newest results file of benchmarks/peers.py, whose cells have a group; a sentence where there is none."""
+    try:
+        result, _ = newest("peers", lambda row: "group" in row["extra"], results)
+    except FileNotFoundError:
+        return "Not measured yet.\n"
+    meta = result["meta"]
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
+    return render(result) + f"\nMeasured {meta['date']} on {meta['gpu']}; {versions}; `{meta['command']}`.\n"

@@ -5,7 +5,6 @@ python tools/tables.py [--check]        (--check writes nothing and fails if a t
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,9 +17,9 @@ from isokern.tools.external_table import external
 from isokern.tools.gpu_tables import recurrent
 from isokern.tools.host_tables import host_cost
 from isokern.tools.peers_table import peers
+from isokern.tools.results import newest
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DECLINED = "no"
 
@@ -29,12 +28,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def latest(what: str) -> dict[str, Any]:
-    """The newest result file of a kind."""
-    found: dict[str, Any] = json.loads(sorted(RESULTS.glob(f"*_{what}.json"))[-1].read_text())
-    return found
 
 
 def source(meta: dict[str, Any]) -> str:
@@ -91,7 +84,7 @@ def support() -> str:
 
 def cpu() -> str:
     """Case x implementation, microseconds, from the newest CPU result."""
-    result = latest("cpu")
+    result, _ = newest("cpu")
     rows = [r for r in result["rows"] if r["floor_us"] is not None]
     names = list(dict.fromkeys(r["implementation"] for r in rows))
     names.sort(key=lambda n: (n != "isokern", n.startswith("transformers"), n))
@@ -112,7 +105,7 @@ def cpu() -> str:
 
 def varlen() -> str:
     """Packed against padded, from the newest CPU result."""
-    result = latest("cpu")
+    result, _ = newest("cpu")
     rows = [r for r in result["rows"] if r["case"].endswith((" packed", " padded"))]
     lines = [
         [

@@ -387,8 +387,8 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
     ),
     "keys and queries rounded to bfloat16": (
         "kernels/scan.cu",
-        "          if (p + r < 3)\n",
-        "          if (p + r < 3 && r < 1)\n",
+        "each_right_piece<PIECES, IO_PIECES>(p,",
+        "each_right_piece<PIECES, 1>(p,",
         "values",
         "float32",
         "each",

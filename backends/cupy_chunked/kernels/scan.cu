@@ -135,10 +135,11 @@ template <class T> struct Outputs<T, 4> {
   }
 };
 
-// Right factors in shared memory, from inner row k and column n on, multiples of 16: whose columns are a tile's rows, whose
-// rows are, and a triangle's rows.
+// A product's rows of a warp, for all tokens of a chunk.
 using Rows = float[2 * BLOCKS][4];
 
+// Right factors in shared memory, from inner row k and column n on, multiples of 16: whose columns are a tile's rows, whose
+// rows are, and a triangle's rows.
 #if GROUP_PRODUCTS
 template <class T> struct ByRows {
   Matrix first;
@@ -208,13 +209,15 @@ __device__ __forceinline__ void product(float (*c)[4], const unsigned (&a)[4], c
 }
 
 // Of products of pieces those count that a float can hold, smallest first and through the whole sum: tensor cores cut off
-// what they add, and cut least from a small sum.
+// what they add, and cut least from a small sum. `each(r, first)` is of piece p and one of RIGHT, `first` of all.
+template <int LEFT, int RIGHT, class Each> __device__ __forceinline__ void each_right_piece(int p, const Each& each) {
+#pragma unroll
+  for (int r = RIGHT - 1; r >= 0; r--)
+    if (p + r < 3) each(r, p == LEFT - 1 && r == (RIGHT - 1 < 3 - LEFT ? RIGHT - 1 : 3 - LEFT));
+}
 template <int LEFT, int RIGHT, class Each> __device__ __forceinline__ void each_of_pieces(const Each& each) {
 #pragma unroll
-  for (int p = LEFT - 1; p >= 0; p--)
-#pragma unroll
-    for (int r = RIGHT - 1; r >= 0; r--)
-      if (p + r < 3) each(p, r, p == LEFT - 1 && r == (RIGHT - 1 < 3 - LEFT ? RIGHT - 1 : 3 - LEFT));
+  for (int p = LEFT - 1; p >= 0; p--) each_right_piece<LEFT, RIGHT>(p, [&](int r, bool first) { each(p, r, first); });
 }
 
 __device__ __forceinline__ void begin_products() {
@@ -304,13 +307,10 @@ __device__ __forceinline__ void step(Columns& state, Outputs<Io> (&outputs)[2], 
         rounded[i][half] = pieces[p];
       }
     const auto predict = [&](Rows& c, const ByRows<Keys>& b) {
+      each_right_piece<PIECES, IO_PIECES>(p, [&](int r, bool first) {
 #pragma unroll
-      for (int r = IO_PIECES - 1; r >= 0; r--)
-#pragma unroll
-        for (int i = 0; i < STEPS; i++)
-          if (p + r < 3)
-            product<CHUNK, false>(c, rounded[i], b, 16 * i, 0, r,
-                                  i > 0 || p < PIECES - 1 || r < (IO_PIECES - 1 < 2 - p ? IO_PIECES - 1 : 2 - p));
+        for (int i = 0; i < STEPS; i++) product<CHUNK, false>(c, rounded[i], b, 16 * i, 0, r, i > 0 || !first);
+      });
     };
     settled(u);
     begin_products();

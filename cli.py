@@ -132,17 +132,31 @@ def verify(
     every_config: Annotated[bool, typer.Option("--every-config", help="each config, not only the default")] = False,
     report: Annotated[Path | None, typer.Option(help="write the findings as JSON")] = None,
     device: DeviceOption = "auto",
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="processes; default as many as are worth it, 1 is this one"),
+    ] = None,
     imports: ImportOption = None,
 ) -> None:
     """Run the conformance suite and print backend x check. Exit status 1 if anything fails.
 
-    GPU backends run on the GPU; where there is none, or with --device cpu, in their CPU engines.
+    GPU backends run on the GPU; where there is none, or with --device cpu, in their CPU engines. Where the output is no
+    terminal, a line says how each check ended, when it did.
     """
     from .registry.conformance.cli import verify_backends
 
     import_backends(imports)
     ok = verify_backends(
-        OP, backend, check, full=full, every_config=every_config, report=report, out=console(), device=device
+        OP,
+        backend,
+        check,
+        full=full,
+        every_config=every_config,
+        report=report,
+        out=console(),
+        device=device,
+        jobs=jobs,
+        imports=imports or (),
     )
     raise typer.Exit(0 if ok else 1)
 

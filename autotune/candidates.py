@@ -29,6 +29,7 @@ PREDICATE_CODES = frozenset(
         RejectCode.GRAD,
         RejectCode.MODE,
         RejectCode.POLICY,
+        RejectCode.HOPELESS,
     }
 )
 
@@ -72,7 +73,7 @@ class Candidate:
 class Admission:
     """Attributes:
     candidates: of the accepting backends, in heuristic order, each backend's configs in its own order.
-    declined: a record per backend whose predicate says no, or that offers no config.
+    declined: a record per backend whose predicate says no, that is known to lose, or that offers no config.
     """
 
     candidates: tuple[Candidate, ...]
@@ -99,22 +100,31 @@ def admit(registry: Registry, op: str, problem: Any) -> Admission:
     backends = registry.backends(op)
     candidates: list[Candidate] = []
     declined: list[CandidateRecord] = []
+    last_resort: list[Candidate] = []
     for outcome in verdicts(backends, problem):
         backend = backends[outcome.backend]
         fingerprint = registry.fingerprint(op, backend.name)
         verdict: Any = outcome.verdict
         configs: Sequence[Config] = ()
+        why: str | None = None
         if not isinstance(verdict, Rejected):
             try:
+                why = backend.hopeless(problem)
                 configs = tuple(dict.fromkeys(backend.configs(problem)))  # one listed twice is one candidate
                 verdict = Rejected(RejectCode.COMPILE, "configs() is empty")
             except IsokernError:
                 raise
             except Exception as error:  # noqa: BLE001 - a third party's code; it becomes the reason of its rejection
-                verdict = Rejected(RejectCode.COMPILE, f"configs() raised {type(error).__name__}: {error}")
-        if configs:
-            origin = origin_of(backend)
-            candidates += [Candidate(backend.name, config, fingerprint, origin) for config in configs]
+                verdict = Rejected(RejectCode.COMPILE, f"{type(error).__name__} raised by its configs: {error}")
+        origin = origin_of(backend) if configs else None
+        offered = [Candidate(backend.name, config, fingerprint, origin) for config in configs]
+        if offered and why is None:
+            candidates += offered
         else:
+            last_resort += offered
+            verdict = verdict if why is None else Rejected(RejectCode.HOPELESS, why)
             declined.append(Candidate(backend.name, Config(), fingerprint).rejected(verdict))
+    if not candidates:  # those known to lose against others have none to lose against
+        names = {candidate.backend for candidate in last_resort}
+        return Admission(tuple(last_resort), tuple(record for record in declined if record.backend not in names))
     return Admission(tuple(candidates), tuple(declined))

@@ -40,6 +40,7 @@ class _Display(Progress):
         self.bars.advance(self.problems)
         self.bars.update(self.steps, visible=False)
         self.bars.console.print(f"{problem}: {outcome} ({seconds:.1f} s)", markup=False, highlight=False)
+        self.problem = ""
 
     def note(self, text: str) -> None:
         self.bars.console.print(f"{self.problem}: {text}" if self.problem else text, markup=False, highlight=False)
@@ -77,9 +78,10 @@ def warmup(
     Under torchrun each rank tunes a share on its own GPU, and every host's store ends up with everything.
     """
     from .. import registry
+    from ..cache.silicon import ask_ahead
     from ..cache.store import Store
     from ..cli import OP, console, import_backends
-    from ..registry.accuracy import require
+    from ..registry.accuracy import DEFAULT, require
     from ..registry.ops.fused_sigmoid_gating.workloads import load_workloads
     from .fleet_cli import find_venue, ranks_of, run_on
     from .merge import save_plan
@@ -87,9 +89,11 @@ def warmup(
     from .warmup import plan_warmup
     from .worth import most_valuable_first
 
-    import_backends(imports)
-    under = registry.default.dispatcher(OP).policy() if accuracy is None else require("--accuracy", accuracy)
     venue = find_venue(device, devices, ray)
+    ask_ahead(device)
+    import_backends(imports)
+    in_force = registry.default.environment_accuracy(OP) or DEFAULT
+    under = in_force if accuracy is None else require("--accuracy", accuracy)
     cases = None if workloads is None else load_workloads(workloads)
     if root is not None:
         registry.use_store(Store.default(root))

@@ -1,4 +1,4 @@
-"""How long tuning a problem will take, roughly: a guess for a plan, corrected by what earlier runs took."""
+"""How long a warm-up will take, roughly: a guess for a plan, corrected by what earlier runs took."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..cache.entry import Entry
 from .compiling import Compilation, Compilers
 from .tuner import Task
 
-__all__ = ["CostModel", "compile_seconds"]
+__all__ = ["CostModel", "compile_seconds", "start_seconds", "warmup_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,20 @@ class _Rates:
 
 
 _CPU = _Rates(problem=1.0, candidate=0.05, token=45e-3, state_byte=2.2e-7)
-_GPU = _Rates(problem=0.8, candidate=25e-3, token=2.5e-3, state_byte=2e-9)
+#: Eager launches are timed for longer, and by the host.
+_GPU = {
+    "graph": _Rates(problem=0.9, candidate=18e-3, token=4.5e-3, state_byte=2e-9),
+    "eager": _Rates(problem=1.6, candidate=20e-3, token=4.5e-3, state_byte=2e-9),
+}
 
 #: Seconds on the machine the CPU's rates are of for a probe to take (see ``_probe``): others are scaled by theirs.
 _PROBE_S = 5e-5
 #: Seconds of one processor per candidate's kernels; of those that are there, for finding them; for compilers to start.
-_COMPILED, _FOUND, _STARTED = 3.3, 0.4, 10.0
+_COMPILED, _FOUND, _STARTED = 2.8, 0.4, 6.0
+#: Seconds until a worker has loaded its libraries; on a GPU also until it has been through a gate once.
+_LOADED = {"cpu": 3.0, "cuda": 16.0}
+#: Seconds of the proof: in all, and per problem.
+_PROOF, _PROVEN = 1.5, 0.12
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +75,47 @@ class CostModel:
             return cls(1.0, "an H100's times")
         return cls(max(0.25, _probe() / _PROBE_S), "a quick measurement")
 
-    def seconds(self, task: Task, candidates: int) -> float:
-        """Wall seconds to tune ``task`` with so many candidates, whose kernels are compiled."""
+    def seconds(self, task: Task, candidates: int, proven: bool = False) -> float:
+        """Wall seconds to tune ``task`` with so many candidates, whose kernels are compiled.
+
+        Args:
+            proven: its candidates were in another launch mode before: what references say of them is known.
+        """
         problem = task.problem
-        rates = _CPU if problem.device == "cpu" else _GPU
+        rates = _CPU if problem.device == "cpu" else _GPU[task.recipe.mode]
         profile = problem.profile
         longest: int = profile.longest or profile.tokens
         state: int = profile.n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
         stored = state * (longest + 1) if problem.intermediates != "none" else 0
         each_token = rates.token * longest + rates.state_byte * (state + stored)
-        return self.scale * (rates.problem + rates.candidate * candidates + each_token)
+        return self.scale * (rates.problem + rates.candidate * candidates + (0.0 if proven else each_token))
+
+
+def start_seconds(device: str) -> float:
+    """Wall seconds until workers on a ``device`` of this kind are ready; kernels are compiled at the same time."""
+    return _LOADED[device]
 
 
 def compile_seconds(work: Sequence[Compilation]) -> float:
-    """Wall seconds until ``work`` is compiled, on this machine's processors; little if that was done here before."""
+    """Wall seconds until ``work`` is compiled, on this machine's processors; little of what was done here before."""
     if not work:
         return 0.0
-    each = _FOUND if directory().is_dir() and any(directory().iterdir()) else _COMPILED
-    return _STARTED + each * len(work) / Compilers().jobs
+    # Whose they are they do not say. An earlier warm-up for another shard leaves those that this one needs.
+    there = min(len(work), sum(1 for _ in directory().glob("*/*.json")))
+    return _STARTED + (_FOUND * there + _COMPILED * (len(work) - there)) / Compilers().jobs
+
+
+def warmup_seconds(graph: Sequence[float], others: Sequence[float], start_s: float, compile_s: float) -> float:
+    """Wall seconds of a whole warm-up on one device.
+
+    Args:
+        graph: of each problem that is launched by graph; those are tuned while kernels of others are compiled.
+        others: of each other problem. start_s, compile_s: see :func:`start_seconds`, :func:`compile_seconds`.
+    """
+    if not (graph or others):
+        return 0.0
+    first = max(start_s + sum(graph), compile_s + max(graph, default=0.0))
+    return first + sum(others) + _PROOF + _PROVEN * (len(graph) + len(others))
 
 
 def _probe() -> float:

@@ -2,12 +2,13 @@
 
 The worker that examines is never the one that times: a candidate that scribbled over memory, printed, or left a
 broken device behind has not been anywhere near a measurement. The few calls made here tell only whom to spare the
-gate, which costs many times a call: one that is hopelessly slow cannot win, right or wrong.
+gate, which costs many times a call: one that is hopelessly slow cannot win, right or wrong. One that is so already by
+what its kernels take in graphs is not even called where they are launched eagerly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -54,6 +55,9 @@ class Examiner:
     Args:
         key: the problem's key; the worker must arrive at the same one from the recipe.
         protected: candidates that are gated even if they are hopelessly slow.
+
+    Attributes:
+        least_s: of candidates that were called here in graphs, seconds that an eager call takes at least.
     """
 
     def __init__(
@@ -76,30 +80,45 @@ class Examiner:
         self.resume = resume
         self.progress = progress
         self.protected = frozenset(protected)
+        self.least_s: dict[str, float] = {}
         self._loaded_in: int | None = None
         self._bound: set[str] = set()
 
-    def examine(self, candidates: Sequence[Candidate]) -> dict[str, Verdict]:
+    def examine(
+        self,
+        candidates: Sequence[Candidate],
+        proven: Mapping[str, Verdict] | None = None,
+        least_s: Mapping[str, float] | None = None,
+    ) -> dict[str, Verdict]:
         """A verdict on each, remembered one by one, so that none is made twice.
+
+        Args:
+            proven: verdicts of the gate on some of them, from another launch mode: they are called, since their times
+                are others here and the rest is measured by them, and not gated again.
+            least_s: seconds that a call of some takes at least, as found in another launch mode.
 
         Raises:
             WorkerError: no worker can be had, or the problem cannot be built.
         """
+        proven, least_s = proven or {}, least_s or {}
         self.progress.stage("first calls", len(candidates))
         verdicts: dict[str, Verdict] = {}
         called: dict[str, float] = {}
-        for candidate in sorted(candidates, key=lambda c: c.name not in self.protected):
-            known = self.resume.verdict(candidate) or self._called(candidate, called)
+        # Those that are proven first: the best of them spares calls to others.
+        for candidate in sorted(candidates, key=lambda c: (c.name not in proven, c.name not in self.protected)):
+            known = self.resume.verdict(candidate) or self._too_slow(candidate, least_s, _times(verdicts))
+            known = known or self._called(candidate, called)
+            if known is None and candidate.name in proven:
+                known = replace(proven[candidate.name], first_s=called[candidate.name])
             if known is not None:
                 verdicts[candidate.name] = self._settled(candidate, known)
             else:
                 self.progress.advance(f"{candidate.name}: {format_seconds(called[candidate.name])}")
         # The fastest first: what is proven early spares the gate to more of the others.
-        waiting = [c for c in candidates if c.name in called]
+        waiting = [c for c in candidates if c.name not in verdicts]
         self.progress.stage("gate", len(waiting))
         for candidate in sorted(waiting, key=lambda c: (c.name not in self.protected, called[c.name])):
-            proven = sorted(v.first_s for v in verdicts.values() if v.proven and v.first_s is not None)
-            verdict = self._spared(candidate, called[candidate.name], proven)
+            verdict = self._spared(candidate, called[candidate.name], _times(verdicts))
             if verdict is None:
                 verdict = self._survived(candidate, lambda c: self._gated(c, called[c.name]))
             verdicts[candidate.name] = self._settled(candidate, verdict)
@@ -120,13 +139,29 @@ class Examiner:
         def first_calls(candidate: Candidate) -> Verdict:
             best = min(called.values(), default=None)
             how = {"calls": self.gate.calls, "policy": asdict(self.measure), "best_s": best}
-            return Verdict(None, first_s=min(self._request("first_call", candidate, **how)["seconds"]))
+            found = self._request("first_call", candidate, **how)
+            if found.get("least_s") is not None:
+                self.least_s[candidate.name] = found["least_s"]
+            return Verdict(None, first_s=min(found["seconds"]))
 
         verdict = self._survived(candidate, first_calls)
         if verdict.rejected is not None or verdict.first_s is None:
             return verdict
         called[candidate.name] = verdict.first_s
         return None
+
+    def _too_slow(self, candidate: Candidate, least_s: Mapping[str, float], proven: Sequence[float]) -> Verdict | None:
+        """The verdict that makes even calls needless, given the first calls of those proven so far, fastest first."""
+        seconds = least_s.get(candidate.name)
+        if seconds is None or candidate.name in self.protected or not proven:
+            return None
+        if seconds <= self.gate.hopeless_ratio * proven[0]:
+            return None
+        text = (
+            f"not called: in graphs it takes {format_seconds(seconds)} at least, {seconds / proven[0]:.1f}x the best "
+            f"that is proven ({format_seconds(proven[0])})"
+        )
+        return Verdict(Rejected(RejectCode.SLOW, text))
 
     def _spared(self, candidate: Candidate, first_s: float, proven: Sequence[float]) -> Verdict | None:
         """The verdict that makes the gate needless, given the first calls of those proven so far, fastest first."""
@@ -181,6 +216,11 @@ class Examiner:
             self._bound.add(candidate.name)
         limit = limits.gate if do == "gate" else limits.call
         return self.worker.request(do, limit, name=candidate.name, **arguments)
+
+
+def _times(verdicts: Mapping[str, Verdict]) -> list[float]:
+    """First calls of the proven, fastest first."""
+    return sorted(v.first_s for v in verdicts.values() if v.proven and v.first_s is not None)
 
 
 def load_problem(worker: Worker, recipe: ProblemRecipe, key: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from .plain import from_plain
 from .progress import Progress
 from .prove import prove
 from .recipe import Origin, ProblemRecipe, find_backend, origin_of
-from .tuner import NothingProvenError, Proven, Settings, Task, Workers, tune_problem
+from .tuner import NothingProvenError, Settings, Shared, Task, Workers, tune_problem
 from .warmup import Interrupted, arch_of, interruptible
 
 __all__ = ["Member", "MemberConfig", "main"]
@@ -102,7 +102,7 @@ class Member:
         self.environment = registry.environment(self.config.device)
         self.workers = Workers(self.config.device, self.config.threads, self.settings.limits)
         self.compilers = Compilers(self._share(), self.settings.limits)
-        self._gated: Proven = {}
+        self._shared = Shared()
         self._published: list[tuple[ProblemRecipe, Entry]] = []
         self._told: list[str] = []
 
@@ -172,7 +172,7 @@ class Member:
                     workers=self.workers,
                     settings=self.settings,
                     progress=progress,
-                    proven=self._gated,
+                    shared=self._shared,
                 )
             except NothingProvenError as nothing:
                 error = str(nothing)

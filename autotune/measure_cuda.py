@@ -36,7 +36,9 @@ _MAX_LAUNCHES = 512
 _EAGER_LAUNCHES = 40
 _EAGER_SAMPLE_S = 10e-3
 _LARGEST_COPY = 1 << 30
+#: Samples to rank by, and seconds of them after which no further one is taken.
 _GLANCES = 3
+_GLANCES_S = 10e-3
 #: Cycles the device is kept busy while the host queues what is timed: some 30 us, thrice what a graph launch takes.
 _HEAD_START_CYCLES = 60_000
 
@@ -125,10 +127,26 @@ class CudaBench:
             "wall_s": (time.perf_counter_ns() - began) * 1e-9,
         }
 
-    def glance(self, name: str, runner: Runner) -> float:
-        """Seconds per call, at best of a few samples: to rank by, not to judge by."""
+    @property
+    def rotates(self) -> bool:
+        """Whether states are as cold in one call after another as in a graph of them."""
+        return len(self._calls) > 1
+
+    def glance(self, name: str, runner: Runner, waited_s: float) -> float:
+        """Seconds per call, at best of a few samples: to rank by, not to judge by. One long sample is enough.
+
+        Args:
+            waited_s: what one call took, waiting for it included.
+        """
         sample = self._graph_sample if self.policy.mode == "graph" else self._eager_sample
-        return min(sample(name, runner)[0] for _ in range(_GLANCES))
+        self._best[name] = waited_s
+        seconds: list[float] = []
+        spent = 0.0
+        while len(seconds) < _GLANCES and spent < _GLANCES_S:
+            taken, launches = sample(name, runner)
+            seconds.append(taken)
+            spent += taken * launches
+        return min(seconds)
 
     def forget(self, name: str) -> None:
         """Drop what was prepared for ``name``."""

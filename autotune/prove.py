@@ -48,23 +48,28 @@ def prove(
     *,
     device: str = "cpu",
     threads: int = 1,
+    worker: Worker | None = None,
 ) -> list[Proof]:
     """Have one fresh process call the op on each problem, with ``store``'s directories as its store.
 
     Entries that could only be kept in memory fail, as no other process can see them.
+
+    Args:
+        worker: one that has been asked for nothing yet, for a device and threads of its own; ended here. None: a new
+            one, for ``device`` and ``threads``.
 
     Raises:
         WorkerError: no process can be started.
     """
     layers = [{"name": x.name, "root": str(x.root), "writable": x.writable} for x in store.layers]
     proofs = []
-    with Worker(device, threads) as worker:
+    with worker or Worker(device, threads) as fresh:
         for recipe, entry in tuned:
             origins = {name: origin_of(backend) for name, backend in registry.backends(recipe.op).items()}
             where = {name: origin.to_dict() for name, origin in origins.items() if origin}
             arguments = {"problem": recipe.to_dict(), "layers": layers, "origins": where}
             try:
-                seen = worker.request("prove", worker.limits.gate, **arguments)
+                seen = fresh.request("prove", fresh.limits.gate, **arguments)
             except CandidateFailure as failure:
                 proofs.append(Proof(recipe.case.name, entry.label, "", "", str(failure)))
             else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from ..cache.codec import digest
 from ..errors import RegistrationError
 from ..registry.accuracy import DEFAULT, Accuracy
 from ..registry.backend import Backend
@@ -62,6 +63,11 @@ class ProblemRecipe:
             "mode": self.mode,
             "accuracy": self.accuracy,
         }
+
+    @property
+    def values(self) -> str:
+        """Identity of what a call's values depend on: all but the launch mode."""
+        return digest([self.to_dict() | {"mode": ""}])
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ProblemRecipe:

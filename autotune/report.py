@@ -50,7 +50,7 @@ def plan_summary(plan: WarmupPlan, tuners: int = 1) -> str:
     if not todo:
         return f"all {len(plan.problems)} problems are known; store: {where}"
     on = f" on {tuners} devices" if tuners > 1 else ""
-    estimate = f"about {format_duration(makespan(units(plan.problems), tuners))}{on} (from {plan.estimate})"
+    estimate = f"about {format_duration(_estimate(plan, tuners))}{on} (from {plan.estimate})"
     return f"{todo} of {len(plan.problems)} problems to tune, {estimate}; store: {where}"
 
 
@@ -113,9 +113,16 @@ def report_summary(report: WarmupReport, tuners: int = 1) -> str:
     return f"{', '.join(parts)}; {format_duration(report.seconds)}{_against(report, tuners)}; store: {where}"
 
 
+def _estimate(plan: WarmupPlan, tuners: int) -> float:
+    """Seconds; several tuners each have their problems' kernels compiled before they begin."""
+    if tuners == 1 or plan.estimate_s == 0:
+        return plan.estimate_s
+    return plan.start_s + plan.compile_s + makespan(units(plan.problems), tuners)
+
+
 def _against(report: WarmupReport, tuners: int) -> str:
     """How the time compares with what the plan had said; nothing if there was nothing to estimate."""
-    estimate = makespan(units(report.plan.problems), tuners)
+    estimate = _estimate(report.plan, tuners)
     if not estimate or report.skipped or not report.seconds:
         return ""
     return f", {report.seconds / estimate:.1f}x the estimate"

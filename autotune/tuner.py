@@ -31,7 +31,7 @@ from .resume import Resume, Verdict, field_digest
 from .select import select
 from .worker import Limits, Worker
 
-__all__ = ["NothingProvenError", "Proven", "Settings", "Task", "Workers", "default_settings", "known", "tune_problem"]
+__all__ = ["NothingProvenError", "Settings", "Shared", "Task", "Workers", "default_settings", "known", "tune_problem"]
 
 #: Verdicts that say as much about the machine on that day as about the candidate: never carried over.
 _SITUATIONAL = frozenset({RejectCode.TIMEOUT.value, RejectCode.MEMORY.value, RejectCode.CRASH.value})
@@ -46,8 +46,19 @@ class NothingProvenError(IsokernError, RuntimeError):
         super().__init__(f"no candidate is proven for {problem}:{lines or ' no backend accepts it'}")
 
 
-#: What was proven of (values of a problem, candidate, fingerprint): a launch mode changes times, no values.
-Proven = dict[tuple[str, str, str], Verdict]
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the tunings of one run tell one another of a candidate: a launch mode changes times, no values.
+
+    Each by (values of a problem, candidate, fingerprint).
+
+    Attributes:
+        proven: verdicts of the gate.
+        least_s: seconds that an eager call takes at least, from graphs of such calls.
+    """
+
+    proven: dict[tuple[str, str, str], Verdict] = field(default_factory=dict)
+    least_s: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +147,7 @@ class Workers:
 def known(registry: Registry, store: Store, environment: Environment, task: Task, admission: Admission) -> Hit | None:
     """The store's answer, if tuning again could not change it: no backend is new, changed, or newly able."""
     op = task.recipe.op
-    found = store.get(op, registry.spec(op).contract_version, task.key, environment, admission.fingerprints)
+    found = store.get(op, registry.contract_version(op), task.key, environment, admission.fingerprints)
     if not isinstance(found, Hit) or found.stale:
         return None
     tried = {c.backend for c in found.entry.candidates if c.code not in PREDICATE_CODES}
@@ -152,14 +163,14 @@ def tune_problem(
     workers: Workers,
     settings: Settings | None = None,
     progress: Progress | None = None,
-    proven: Proven | None = None,
+    shared: Shared | None = None,
 ) -> Entry:
     """Tune ``task`` and publish the result; from the store if it is known.
 
     A run that was killed goes on from its journal, which keeps every verdict, screen pass and race block.
 
     Args:
-        proven: shared between the tunings of one run, so that a candidate is gated once for both launch modes.
+        shared: between the tunings of one run, so that a candidate is gated once for both launch modes.
 
     Raises:
         NothingProvenError: every candidate was rejected; the reasons are in it (and in the journal).
@@ -171,7 +182,7 @@ def tune_problem(
     hit = known(registry, store, environment, task, admission)
     if hit is not None:
         return hit.entry
-    return _Run(task, registry, store, environment, workers, settings, progress, admission, proven).run()
+    return _Run(task, registry, store, environment, workers, settings, progress, admission, shared).run()
 
 
 class _Run:
@@ -185,12 +196,12 @@ class _Run:
         settings: Settings,
         progress: Progress,
         admission: Admission,
-        proven: Proven | None,
+        shared: Shared | None,
     ) -> None:
-        self.proven: Proven = {} if proven is None else proven
+        self.shared = shared or Shared()
         self.task = task
         self.op = task.recipe.op
-        self.version = registry.spec(self.op).contract_version
+        self.version = registry.contract_version(self.op)
         self.store = store
         self.environment = environment
         self.workers = workers
@@ -202,11 +213,6 @@ class _Run:
             Journal(journal_path(store, environment, self.op, self.version, task.key)),
             digest([__version__, task.recipe.to_dict(), asdict(settings), self._earlier_identity()]),
         )
-
-    @property
-    def _values(self) -> str:
-        """What a call's values depend on, among the problems of one run."""
-        return digest([self.task.recipe.to_dict() | {"mode": ""}])
 
     def _earlier_identity(self) -> str:
         return "" if self.earlier is None else self.earlier.measured["created"]
@@ -269,9 +275,6 @@ class _Run:
             if record is not None and "conformant" in record.tags:  # the same kernel was proven before
                 first_s = None if record.median_us is None else record.median_us * 1e-6
                 verdicts[candidate.name] = Verdict(None, record.tags, first_s)
-            proven = self.proven.get((self._values, candidate.name, candidate.fingerprint))
-            if proven is not None:
-                verdicts[candidate.name] = proven
         examiner = Examiner(
             self.workers.examiner,
             self.task.recipe,
@@ -282,11 +285,19 @@ class _Run:
             self.progress,
             protected,
         )
-        verdicts |= examiner.examine([c for c in field if c.name not in verdicts])
+        unknown = [c for c in field if c.name not in verdicts]
+        values = self.task.recipe.values
+        there = {c.name: (values, c.name, c.fingerprint) for c in field}
+        verdicts |= examiner.examine(
+            unknown,
+            proven={c.name: v for c in unknown if (v := self.shared.proven.get(there[c.name])) is not None},
+            least_s={c.name: s for c in unknown if (s := self.shared.least_s.get(there[c.name])) is not None},
+        )
         for candidate in field:
             if verdicts[candidate.name].proven:
-                found = (self._values, candidate.name, candidate.fingerprint)
-                self.proven[found] = verdicts[candidate.name]
+                self.shared.proven[there[candidate.name]] = verdicts[candidate.name]
+        for name, seconds in examiner.least_s.items():
+            self.shared.least_s[there[name]] = seconds
         return verdicts
 
     # ---- timing

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from .. import registry as registry_package
 from ..cache.entry import Entry
 from ..cache.environment import Environment
-from ..cache.silicon import CudaSilicon
+from ..cache.silicon import CudaSilicon, ask_ahead
 from ..cache.store import Store
 from ..errors import ArgumentValueError, IsokernError
 from ..registry.accuracy import DEFAULT, Accuracy, require
@@ -32,15 +32,16 @@ from ..registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concr
 from ..registry.ops.fused_sigmoid_gating.describe import describe
 from ..registry.ops.fused_sigmoid_gating.workload_case import Case, Policy, Tier
 from ..registry.ops.fused_sigmoid_gating.workloads import of_tier, serving_cases
-from .candidates import Candidate, admit
+from .candidates import admit
 from .compiling import Compilers, compilations
-from .cost import CostModel, compile_seconds
+from .cost import CostModel, compile_seconds, start_seconds, warmup_seconds
 from .device_lock import device_lock
 from .progress import Progress
 from .prove import Proof, prove
 from .recipe import ProblemRecipe
-from .tuner import NothingProvenError, Proven, Settings, Task, Workers, default_settings, known, tune_problem
-from .worker import CandidateFailure
+from .tuner import NothingProvenError, Settings, Shared, Task, Workers, default_settings, known, tune_problem
+from .turns import Waiting, in_turn, ordered
+from .worker import CandidateFailure, Worker
 
 __all__ = ["Interrupted", "PlannedProblem", "ProblemReport", "WarmupPlan", "WarmupReport", "plan_warmup", "run_warmup"]
 
@@ -86,7 +87,8 @@ class WarmupPlan:
         model, tp: whose layers. device: where. threads: torch's intra-op threads (part of the environment).
         problems: in the order of the workload. environment: what the results will hold for.
         registry, store: where candidates come from and results go. settings: how to tune.
-        estimate: where the time estimate comes from, in words. compile_s: of it, until all kernels are compiled.
+        estimate: where the time estimate comes from, in words. compile_s: of it, until all kernels are compiled;
+            start_s: until the workers are ready.
     """
 
     model: str
@@ -100,13 +102,15 @@ class WarmupPlan:
     settings: Settings
     estimate: str
     compile_s: float = 0.0
+    start_s: float = 0.0
 
     @property
     def estimate_s(self) -> float:
-        """Seconds for all problems that are not known; launches by graph are tuned while others are compiled."""
-        eager = sum(p.estimate_s for p in self.problems if p.task.recipe.mode != "graph")
-        graph = sum(p.estimate_s for p in self.problems if p.task.recipe.mode == "graph")
-        return max(graph, self.compile_s) + eager
+        """Seconds for all problems that are not known, the proof included."""
+        todo = [p for p in self.problems if not p.known]
+        graph = [p.estimate_s for p in todo if p.task.recipe.mode == "graph"]
+        others = [p.estimate_s for p in todo if p.task.recipe.mode != "graph"]
+        return warmup_seconds(graph, others, self.start_s, self.compile_s)
 
     @property
     def store_path(self) -> Path | None:
@@ -200,6 +204,7 @@ def plan_warmup(
         UnknownNameError: no such model. CatalogueError: it does not split ``tp`` ways.
         ArgumentValueError: another device, or policy. PredicateError: a backend's predicate has a bug.
     """
+    ask_ahead(device)  # while torch is imported
     registry = registry or registry_package.default
     store = store or registry.store
     device = _device(device)
@@ -227,6 +232,7 @@ def plan_warmup(
         hit = known(registry, store, environment, shared[0], admission)
         listed.append((shared, admission, hit))
     model_of_cost = CostModel.calibrated(environment.device, [(s[0], hit.entry) for s, _, hit in listed if hit])
+    by_graph = {s[0].recipe.values for s, _, hit in listed if s[0].recipe.mode == "graph" and hit is None}
     problems = tuple(
         PlannedProblem(
             shared[0],
@@ -234,10 +240,11 @@ def plan_warmup(
             len(admission.candidates),
             len(admission.declined),
             hit.entry if hit else None,
-            0.0 if hit else model_of_cost.seconds(shared[0], len(admission.candidates)),
+            0.0 if hit else model_of_cost.seconds(shared[0], len(admission.candidates), _second(shared[0], by_graph)),
         )
         for shared, admission, hit in listed
     )
+    fields = [(shared[0], admission.candidates) for shared, admission, hit in listed if hit is None]
     threads = environment.threads or 1
     return WarmupPlan(
         found.name,
@@ -250,8 +257,14 @@ def plan_warmup(
         store,
         settings,
         model_of_cost.source,
-        0.0 if environment.device == "cpu" else compile_seconds(compilations(_fields(registry, problems))),
+        0.0 if environment.device == "cpu" else compile_seconds(compilations(fields)),
+        start_seconds(environment.device),
     )
+
+
+def _second(task: Task, by_graph: Container[str]) -> bool:
+    """Whether the same problem is tuned by graph before."""
+    return task.recipe.mode != "graph" and task.recipe.values in by_graph
 
 
 def _device(name: str) -> str:
@@ -295,19 +308,23 @@ def run_warmup(
     skipped: list[PlannedProblem] = []
     todo = sum(not p.known for p in plan.problems)
     workers = Workers(plan.device, plan.threads, plan.settings.limits)
+    prover = Worker(plan.device, plan.threads, plan.settings.limits)
     try:
         with interruptible(), Compilers(compilers, plan.settings.limits) as crew, workers:
             found: dict[int, ProblemReport] = {}
-            proven: Proven = {}
-            order = _begin(plan, crew, workers, progress)
-            for planned in order:
+            shared = Shared()
+            waiting = [Waiting.of(plan.registry, planned) for planned in ordered(plan, budget_s is None)]
+            if plan.environment.device != "cpu" and waiting:
+                _begin(plan, waiting, crew, workers, progress)
+                if check:
+                    prover.begin()  # loading takes longer than all the proofs
+            for planned in in_turn(waiting, crew, progress):
                 if budget_s is not None and time.monotonic() - began >= budget_s:
                     break
                 progress.begin(planned.cases[0], len(found), todo)
-                _compiled(planned, crew, progress)
                 with device_lock(plan.device, progress.note):
                     plan.store.refresh()  # whoever held the lock before may have tuned this very problem
-                    found[id(planned)] = _tune(plan, planned, workers, progress, proven)
+                    found[id(planned)] = _tune(plan, planned, workers, progress, shared)
             for planned in plan.problems:
                 if planned.entry is not None:
                     reports.append(ProblemReport(planned, planned.entry, 0.0))
@@ -318,54 +335,31 @@ def run_warmup(
             if check:
                 crew.close()
                 workers.close()
-                reports = _proven(plan, reports)
+                reports = _proven(plan, reports, prover)
     finally:
         # Even a signal that comes while workers are being closed must not leave one behind.
+        prover.kill()
         workers.close()
-    spawned = workers.spawned + (1 if any(r.proof for r in reports) else 0)
+    spawned = workers.spawned + prover.spawned
     return WarmupReport(plan, tuple(reports), tuple(skipped), time.monotonic() - began, spawned)
 
 
-def _begin(plan: WarmupPlan, crew: Compilers, workers: Workers, progress: Progress) -> list[PlannedProblem]:
-    """Set compilers and workers off, on a GPU. Returns what to tune, in order.
-
-    That is the plan's, but launch by graph first: the device's clock does not mind that the host compiles, while a
-    time that includes the host's does.
-    """
-    order = [p for p in plan.problems if not p.known]
-    if plan.environment.device == "cpu" or not order:
-        return order
-    order.sort(key=lambda p: p.task.recipe.mode != "graph")
-    fields = _fields(plan.registry, order)
+def _begin(plan: WarmupPlan, waiting: Sequence[Waiting], crew: Compilers, workers: Workers, progress: Progress) -> None:
+    """Set compilers and workers off; the compilers in the order of the problems."""
+    fields = [one.field for one in waiting]
     if crew.jobs:
         crew.submit(compilations(fields))
     backends = plan.registry.backends(OP)
     needed = {candidate.backend for _, candidates in fields for candidate in candidates}
-    least = min(order, key=lambda p: p.task.recipe.case.tokens).task.recipe
+    least = min((task.recipe for task, _ in fields), key=lambda recipe: recipe.case.tokens)
     try:
         workers.start(sorted({module for name in needed for module in backends[name].requires}), least)
     except CandidateFailure as failure:
         progress.note(f"the rehearsal failed, and so may the gate: {failure}")
-    return order
-
-
-def _fields(registry: Registry, problems: Iterable[PlannedProblem]) -> list[tuple[Task, Sequence[Candidate]]]:
-    """The problems that are to be tuned, with their candidates."""
-    return [(p.task, admit(registry, OP, p.task.problem).candidates) for p in problems if not p.known]
-
-
-def _compiled(planned: PlannedProblem, crew: Compilers, progress: Progress) -> None:
-    """Wait until nothing is left to compile for the problem; if the host's time counts, until nothing is at all."""
-    if not crew.idle:
-        progress.stage("compile", 1)
-        crew.wait(planned.task if planned.task.recipe.mode == "graph" else None)
-        progress.advance("compiled")
-    while crew.failures:
-        progress.note(f"not compiled ahead: {crew.failures.pop(0)}")
 
 
 def _tune(
-    plan: WarmupPlan, planned: PlannedProblem, workers: Workers, progress: Progress, proven: Proven
+    plan: WarmupPlan, planned: PlannedProblem, workers: Workers, progress: Progress, shared: Shared
 ) -> ProblemReport:
     began = time.monotonic()
     entry, error = None, ""
@@ -378,7 +372,7 @@ def _tune(
             workers=workers,
             settings=plan.settings,
             progress=progress,
-            proven=proven,
+            shared=shared,
         )
     except NothingProvenError as nothing:
         error = str(nothing)
@@ -387,14 +381,14 @@ def _tune(
     return ProblemReport(planned, entry, seconds, error)
 
 
-def _proven(plan: WarmupPlan, reports: Iterable[ProblemReport]) -> list[ProblemReport]:
+def _proven(plan: WarmupPlan, reports: Iterable[ProblemReport], prover: Worker) -> list[ProblemReport]:
     """Proofs for what this run published; entries found in the store were proven when they were made."""
     reports = list(reports)
     fresh = [(r.planned.task.recipe, r.entry) for r in reports if r.entry is not None and not r.was_known]
     if not fresh:
         return reports
     plan.registry.refresh()  # this process, too, shall dispatch what it tuned
-    proofs = iter(prove(plan.store, plan.registry, fresh, device=plan.device, threads=plan.threads))
+    proofs = iter(prove(plan.store, plan.registry, fresh, worker=prover))
     return [
         ProblemReport(r.planned, r.entry, r.seconds, r.error, next(proofs))
         if r.entry is not None and not r.was_known

@@ -1,7 +1,7 @@
 """Which problems to tune first, who tunes what, and how long that takes. Decides only; imports no torch.
 
-An interrupted warm-up, or one with a budget, should have done what serving spends its steps on. And several tuners
-that take the next problem whenever they are free should not find the longest one last.
+A warm-up with a budget should have done what serving spends its steps on. And several tuners that take the next problem
+whenever they are free should not find the longest one last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ STEP_SHARE = {Kind.DECODE: 0.80, Kind.MIXED: 0.12, Kind.VERIFY: 0.05, Kind.PREFI
 class Unit:
     """Problems that one tuner takes together: the launch modes of one case, whose candidates are gated once.
 
-    Attributes: ``problems``, at least one; ``value``, share of the steps it stands for; ``seconds``, estimated.
+    Attributes: ``problems``, at least one, launch by graph first, which tells who is too slow for any other; ``value``,
+    share of the steps it stands for; ``seconds``, estimated.
     """
 
     problems: tuple[PlannedProblem, ...]
@@ -59,6 +60,8 @@ def units(problems: Iterable[PlannedProblem]) -> tuple[Unit, ...]:
     for planned in problems:
         if not planned.known:
             groups.setdefault(planned.task.recipe.case, []).append(planned)
+    for group in groups.values():
+        group.sort(key=lambda p: p.task.recipe.mode != "graph")
     found = [Unit(tuple(g), sum(map(_value, g)) / len(g), sum(p.estimate_s for p in g)) for g in groups.values()]
     return tuple(sorted(found, key=lambda unit: (-unit.value, -unit.seconds)))
 

@@ -20,6 +20,8 @@ BUILTIN_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "isokern.backends.numba_cuda.backend:NumbaCuda",
             "isokern.backends.cupy_chunked.backend:CupyChunked",
             "isokern.backends.cupy_chunked.backend:CupyChunkedBf16",
+            "isokern.backends.cupy_chunked.backend:CupyCut",
+            "isokern.backends.cupy_chunked.backend:CupyCutBf16",
             "isokern.backends.composite.backend:Composite",
             "isokern.backends.external.fla:FlaRecurrent",
             "isokern.backends.external.fla:FlaChunk",

@@ -131,7 +131,11 @@ def estimate_summary(reports: Sequence[WarmupReport]) -> dict[str, Any] | None:
         return None
     took = sum(report.seconds for report in reports)
     text = f"{format_duration(took)} of tuning, {format_duration(estimate)} estimated"
-    return {"estimated_s": round(estimate, 1), "took_s": round(took, 1), "ratio": took / estimate, "text": text}
+    each = {
+        str(r.plan.tp): {"estimated_s": round(r.plan.estimate_s, 1), "took_s": round(r.seconds, 1)} for r in reports
+    }
+    whole = {"estimated_s": round(estimate, 1), "took_s": round(took, 1), "ratio": took / estimate, "text": text}
+    return whole | {"by_tp": each}
 
 
 def tuned(
@@ -276,6 +280,8 @@ def show(summary: dict[str, Any], out: Console) -> None:
         table.add_row("eager against graph", "this device has one launch mode only")
     if estimate:
         table.add_row("dry run's estimate", f"{estimate['ratio']:.2f}x: {estimate['text']}")
+        for tp, one in estimate["by_tp"].items():
+            table.add_row(f"TP {tp}", f"{one['took_s']} s, {one['estimated_s']} s estimated")
     out.print(table)
 
 

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +41,7 @@ from isokern.registry.backend import Config
 from isokern.registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.entry import Entry
-from isokern.registry.ops.fused_sigmoid_gating.hot import is_current_stream_capturing
+from isokern.registry.ops.fused_sigmoid_gating.guards import is_current_stream_capturing
 from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
 from isokern.registry.ops.fused_sigmoid_gating.torch_settings import Settings, settings_of
 
@@ -61,18 +61,14 @@ Run = Callable[[], object]
 
 @dataclass
 class Timed:
-    """What to time. ``part``: a piece of a call, not a whole one. ``chosen``: the backend forced around it."""
+    """What to time. ``part``: a piece of a call, not a whole one."""
 
     implementation: str
     run: Run
     backend: str | None = None
     config: str | None = None
     part: bool = False
-    chosen: str | None = None
     samples: list[float] = field(default_factory=list)
-
-    def forced(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.chosen is None else registry.use(OP, backend=self.chosen)
 
 
 def spec_of(n: int) -> CaseSpec:
@@ -100,12 +96,12 @@ def site_of(op: Callable[..., object], kwargs: dict, backend: str | None, out: t
     )  # fmt: skip
 
 
-def operator_site_of(kwargs: dict) -> Run:
+def operator_site_of(kwargs: dict, backend: str | None) -> Run:
     """A call of the torch operator as a compiled graph makes it: the overload, by position."""
     operator = torch.ops.isokern.fused_sigmoid_gating_step.default
     names = "A_log a dt_bias q k v b initial_state_source initial_state_indices".split()
     cu = kwargs["cu_seqlens"]
-    settings = settings_of(*(kwargs.get(name) for name in Settings._fields))
+    settings = settings_of(*((kwargs | {"backend": backend}).get(name) for name in Settings._fields))
     arguments = (*(kwargs[name] for name in names), getattr(cu, "cu_seqlens", cu), settings)
     return lambda: operator(*arguments)
 
@@ -202,7 +198,7 @@ def recognition(launcher: Launcher, kwargs: dict, call: Call) -> list[Timed]:
     # The same hot path, where all tensors are taken for known and nothing runs: reading and comparing the arguments.
     bare = own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
     site = _known(site_of(bare, kwargs, name, out))
-    [entry] = bare._entries.recent
+    [entry] = bare.entries.recent
     check, present, tensors = entry.guard, entry.present, tensors_of(call)
     made = _output_of(own, kwargs, name)
     entry.guard, entry.pinned, entry.on_cuda = _accepts, _runs_nothing, False
@@ -233,7 +229,7 @@ def _output_of(own: Registry, kwargs: dict, name: str) -> Callable[[torch.Tensor
     """What makes the outputs of such calls."""
     op = own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
     _known(site_of(op, kwargs, name))
-    entry: Entry = op._entries.recent[0]
+    entry: Entry = op.entries.recent[0]
     if entry.new_output is None:
         raise typer.BadParameter("a call that needs no output")
     return entry.new_output
@@ -266,7 +262,7 @@ def of_backend(backend: str, spec: CaseSpec) -> list[Timed]:
             Timed("isokern op", site_of(op, kwargs, backend)),
             Timed("isokern op, out given", site_of(op, kwargs, backend, call.out)),
             Timed("isokern op's __call__, kept", site_of(op.__call__, kwargs, backend)),
-            Timed("isokern through torch.library", operator_site_of(kwargs), chosen=backend),
+            Timed("isokern through torch.library", operator_site_of(kwargs, backend)),
             Timed("bound runner", lambda: launcher(call)),
             Timed("pinned runner", lambda: pinned(tensors)),
             *driver_launches(launcher, call),
@@ -302,9 +298,8 @@ def measure(timed: list[Timed]) -> None:
     """Fill in the samples, microseconds per call."""
     wait = torch.cuda.synchronize if ON_GPU else lambda: None
     for one in timed:
-        with one.forced():
-            for _ in range(3):
-                one.run()
+        for _ in range(3):
+            one.run()
     wait()
     shuffle = random.Random(0)
     with _collector_off():
@@ -313,11 +308,10 @@ def measure(timed: list[Timed]) -> None:
             shuffle.shuffle(order)
             for one in order:
                 run, calls = one.run, range(CALLS)
-                with one.forced():
-                    start = time.perf_counter()
-                    for _ in calls:
-                        run()
-                    one.samples.append(1e6 * (time.perf_counter() - start) / CALLS)
+                start = time.perf_counter()
+                for _ in calls:
+                    run()
+                one.samples.append(1e6 * (time.perf_counter() - start) / CALLS)
                 wait()
 
 

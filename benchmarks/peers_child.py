@@ -25,7 +25,7 @@ from isokern.autotune.warmup import HOOKS, PlannedProblem, WarmupPlan, arch_of, 
 from isokern.backends.external.adapter import Adapter
 from isokern.cache import Layer, Store
 from isokern.errors import IsokernError
-from isokern.registry.backend import Backend, Config, RoundedChunk
+from isokern.registry.backend import Backend, Chunked, Config
 from isokern.registry.conformance.gate import gate
 from isokern.registry.conformance.subject import chunk_of
 from isokern.registry.decision import Rejected
@@ -62,7 +62,7 @@ class Candidate:
     config: str
     launch: Launch
     calls: Sequence[Any]
-    chunk: int | RoundedChunk | None = None
+    chunk: int | Chunked | None = None
 
 
 class Bench:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from isokern.registry.backend import RoundedChunk
+from isokern.registry.backend import Chunked
 from isokern.registry.ops.fused_sigmoid_gating.call import Call
 from isokern.registry.ops.fused_sigmoid_gating.judge import Judgement, judge
 from isokern.registry.ops.fused_sigmoid_gating.reference import Reference, reference
@@ -50,7 +50,7 @@ class Truth:
         self._start = call.pool[self._all_slots].clone()
         kept = torch.where(torch.tensor(whole), torch.arange(len(chosen)), -1)
         self._sample = self._sampled(call, lengths).replace(write_slots=kept.to(torch.int32))
-        self._references: dict[int | RoundedChunk | None, Reference] = {}
+        self._references: dict[int | Chunked | None, Reference] = {}
 
     def _take(self, tensor: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         return tensor[:, self._rows][:, :, heads].cpu()
@@ -87,7 +87,7 @@ class Truth:
         assert self._call.pool is not None
         self._call.pool[self._all_slots] = self._start
 
-    def judge(self, out: torch.Tensor, chunk: int | RoundedChunk | None = None) -> Judgement:
+    def judge(self, out: torch.Tensor, chunk: int | Chunked | None = None) -> Judgement:
         """Of what a run on the restored call left, by the bound of chunked forms if ``chunk`` says so."""
         if chunk not in self._references:
             self._references[chunk] = reference(self._sample, chunk=chunk)

@@ -8,13 +8,17 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from ..errors import StoreError
 
-__all__ = ["CpuSilicon", "CudaSilicon", "cuda_driver", "cuda_kernel_module", "read_cpu", "read_cuda"]
+__all__ = ["CpuSilicon", "CudaSilicon", "ask_ahead", "cuda_driver", "cuda_kernel_module", "read_cpu", "read_cuda"]
+
+_asking = threading.Lock()
 
 _CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA_MODULE = Path("/sys/module/nvidia/version")
@@ -97,9 +101,29 @@ def read_cuda(index: int | None = None) -> tuple[CudaSilicon, str]:
         found = torch.cuda.get_device_properties(index)
         facts = (found.major, found.minor, found.multi_processor_count, found.total_memory, found.name)
     else:
-        facts = _probe(index or 0)
+        with _asking:  # once, if it is being asked ahead
+            facts = _probe(index or 0)
     major, minor, sm_count, memory, name = facts
     return CudaSilicon(f"{major}.{minor}", sm_count, round(memory / 2**30)), name
+
+
+def ask_ahead(device: str) -> None:
+    """Begin to ask for what :func:`read_cuda` will tell of a CUDA device, which takes about as long as importing torch.
+
+    Whoever reads it waits for the answer. Nothing to do for a CPU; a device that cannot be asked is the reader's error.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cpu" or "torch" in sys.modules or not (index or "0").isdecimal():
+        return
+
+    def ask() -> None:
+        with _asking, suppress(StoreError):
+            _probe(int(index or 0))
+
+    threading.Thread(target=ask, name="cuda probe", daemon=True).start()
 
 
 @cache

@@ -90,6 +90,20 @@ ENGINES: Mapping[str, EngineInfo] = MappingProxyType(
                 programs=("g++",),
             ),
             EngineInfo(
+                "cuda_on_cpu",
+                "cupy_cut",
+                "isokern.backends.cupy_chunked.backend:CupyCut",
+                "isokern.engines.cuda_on_cpu.chunked:load_cut",
+                programs=("g++",),
+            ),
+            EngineInfo(
+                "cuda_on_cpu",
+                "cupy_cut_bf16",
+                "isokern.backends.cupy_chunked.backend:CupyCutBf16",
+                "isokern.engines.cuda_on_cpu.chunked:load_cut_bf16",
+                programs=("g++",),
+            ),
+            EngineInfo(
                 "triton_interpreter",
                 "triton",
                 "isokern.backends.triton.backend:Triton",

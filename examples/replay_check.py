@@ -18,7 +18,7 @@ import torch
 from replay_engine import OP, Batch, Choice, Stack
 
 from isokern import registry
-from isokern.registry.backend import Config, RoundedChunk
+from isokern.registry.backend import Chunked, Config
 from isokern.registry.conformance.subject import chunk_of
 from isokern.registry.ops.fused_sigmoid_gating.dtypes import dtype_name
 from isokern.registry.ops.fused_sigmoid_gating.judge import LIMITS, judge
@@ -75,7 +75,7 @@ class Judge:
                 self.places[request] = places[request]
                 left -= needed
         self.begun_here = begun_here
-        self._references: dict[tuple[int, int | RoundedChunk | None], Reference] = {}
+        self._references: dict[tuple[int, int | Chunked | None], Reference] = {}
 
     def witness(self, choice: Choice) -> Witness:
         """What will watch ``choice``."""
@@ -108,7 +108,7 @@ class Judge:
             "cu_seqlens": torch.tensor(list(totals), dtype=torch.int32, device=self.stack.device),
         }
 
-    def reference(self, layer: int, chunk: int | RoundedChunk | None) -> Reference:
+    def reference(self, layer: int, chunk: int | Chunked | None) -> Reference:
         """The float64 results of :meth:`kwargs` for the first and the last value head; computed once."""
         if (layer, chunk) not in self._references:
             call = registry.spec(OP).canonical(**self.kwargs(layer))
@@ -132,12 +132,12 @@ class Witness:
         for request, places in judge.places.items():
             for place in places:
                 self._at.setdefault(place.batch, []).append((request, place, place is places[-1]))
-        self.chunk: int | RoundedChunk | None = None
+        self.chunk: int | Chunked | None = None
 
     def ran(self, backend: str, config: dict[str, Any]) -> None:
         """Note who computes: its error bound depends on it."""
         chunk = chunk_of(registry.backends(OP)[backend], Config.from_dict(config))
-        tokens = [c.tokens if isinstance(c, RoundedChunk) else c or 0 for c in (chunk, self.chunk)]
+        tokens = [c.tokens if isinstance(c, Chunked) else c or 0 for c in (chunk, self.chunk)]
         if tokens[0] > tokens[1]:
             self.chunk = chunk
 

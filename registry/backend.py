@@ -15,10 +15,10 @@ from .decision import Verdict
 
 __all__ = [
     "Backend",
+    "Chunked",
     "Config",
     "Pinnable",
     "Pinned",
-    "RoundedChunk",
     "Runner",
     "Scalar",
     "fingerprint_files",
@@ -37,10 +37,19 @@ Pinned = Callable[[tuple[Any, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class RoundedChunk:
-    """An evaluation in chunks of so many tokens whose products take bfloat16 operands; see ``Backend.accuracy``."""
+class Chunked:
+    """An evaluation in chunks that differs from float32 sums over chunks of a sequence, one after another.
+
+    Attributes:
+        tokens: of a chunk.
+        rounded: products take bfloat16 operands; see ``Backend.accuracy``.
+        cut: tokens of the segments that sequences are cut into, a multiple of ``tokens``, whose effects on the state
+            are found apart and joined; 0 where sequences are whole.
+    """
 
     tokens: int
+    rounded: bool = False
+    cut: int = 0
 
 
 @runtime_checkable
@@ -110,6 +119,7 @@ class Backend(ABC):
         accuracy: which error bound the op's reference gives it: float32 token by token (``recurrent``) or in chunks of
             the config's ``chunk`` tokens (``chunked``), or such chunks whose products take bfloat16 operands
             (``rounded``).
+        cuts: configs have a ``cut``: tokens of the segments that sequences are cut into, which the bound is made for.
         exceptions_file: path of the TOML file declaring reasoned exceptions from conformance checks, if any.
     """
 
@@ -120,6 +130,7 @@ class Backend(ABC):
     tags: ClassVar[frozenset[str]] = frozenset()
     priority: ClassVar[int] = 10
     accuracy: ClassVar[str] = "recurrent"
+    cuts: ClassVar[bool] = False
     exceptions_file: ClassVar[str | None] = None
 
     def rank(self, problem: Any) -> int:
@@ -133,6 +144,13 @@ class Backend(ABC):
     def configs(self, problem: Any) -> Sequence[Config]:
         """The settings worth trying on ``problem``; the first is the heuristic default. Never empty."""
         return (Config(),)
+
+    def hopeless(self, problem: Any) -> str | None:
+        """Why it need not be tried on ``problem``, though it can do it: it is known to lose there, and by far.
+
+        Spares the tuner compiling and timing it; dispatch does not ask. None where it may win.
+        """
+        return None
 
     @abstractmethod
     def bind(self, problem: Any, config: Config) -> Runner:

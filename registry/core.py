@@ -77,6 +77,18 @@ class Registry:
             self._specs[name] = spec
         return self._specs[name]
 
+    def contract_version(self, name: str) -> int:
+        """The version that what is stored for the op goes by. An op of isokern's own is not loaded, nor is torch.
+
+        Raises UnknownNameError with near matches.
+        """
+        target = self._targets.get(name)
+        if name in self._specs or target is None or target != BUILTIN_OPS.get(name):
+            return self.spec(name).contract_version
+        package = target.partition(":")[0].rpartition(".")[0]
+        version: int = load_attribute(f"{package}.contract:CONTRACT_VERSION")
+        return version
+
     def get(self, name: str) -> Any:
         """The op ``name`` as a callable; the same object every time. Raises UnknownNameError."""
         if name not in self._ops:
@@ -94,7 +106,8 @@ class Registry:
     def backends(self, name: str) -> Mapping[str, Backend]:
         """All backends of op ``name`` by backend name, built-in, from plugins and registered by hand."""
         if name not in self._loaded:
-            self.spec(name)
+            if name not in self._targets:
+                self.spec(name)  # unknown, or registered by hand
             self._load_backends(name)
             self._loaded.add(name)  # last: after an import that failed, the next call tries again
         return MappingProxyType(self._backends.setdefault(name, {}))
@@ -222,12 +235,9 @@ class Registry:
     def environment(self, device: str) -> Environment:
         """What tuned choices depend on besides the problem, for ``device`` (``cpu`` or ``cuda``)."""
         if device not in self._environments:
-            import torch
-
             from ..cache.environment import current_environment
 
-            threads = torch.get_num_threads() if device == "cpu" else None
-            self._environments[device] = current_environment(device, threads=threads)
+            self._environments[device] = current_environment(device)
         return self._environments[device]
 
     def suggestions(self, spec: OpSpec, problem: Any) -> Suggestions:

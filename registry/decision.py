@@ -25,6 +25,7 @@ class RejectCode(StrEnum):
     GRAD = "grad"  # inputs require grad and the backend is not differentiable
     MODE = "mode"  # cannot run in this launch mode (graph capture, tracing)
     POLICY = "policy"  # excluded by the user's configuration
+    HOPELESS = "hopeless"  # could do it, and is known to lose: not tried by the tuner
 
     COMPILE = "compile"  # failed to build or bind
     RAISED = "raised"  # raised while running

@@ -10,6 +10,8 @@ from pathlib import Path
 from isokern.registry import Accepted, Backend
 
 TRACES = "ISOKERN_TEST_TRACES"
+#: A case of so many tokens takes DawdlesAtOne forever.
+DAWDLES_AT = 4
 
 
 class Traced(Backend):
@@ -53,3 +55,12 @@ class Dawdles(Traced):
     def compile(self, problem, config):
         super().compile(problem, config)
         time.sleep(600)
+
+
+class DawdlesAtOne(Traced):
+    name = "dawdles_at_one"
+
+    def compile(self, problem, config):
+        super().compile(problem, config)
+        if problem.profile.tokens == DAWDLES_AT:
+            time.sleep(600)

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,29 @@ class TestEnvironment:
         assert here.silicon == CudaSilicon("9.0", 132, 79)
         assert (asked[0][1], asked[0][-1]) == ("-I", "3"), "isolated, and for that device"
         assert not torch.cuda.is_initialized()
+
+    def test_what_is_asked_ahead_is_asked_once_and_waited_for(self, monkeypatch):
+        facts = {"major": 9, "minor": 0, "sm_count": 132, "memory_bytes": 85_017_493_504, "name": "NVIDIA H100"}
+        asked, begun, answer = [], threading.Event(), threading.Event()
+
+        def run(command, **options):
+            asked.append(command[-1])
+            begun.set()
+            assert answer.wait(20)
+            return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
+
+        monkeypatch.setattr(silicon.subprocess, "run", run)
+        monkeypatch.delitem(sys.modules, "torch")  # where it is loaded there is nothing to wait for meanwhile
+        silicon._probe.cache_clear()
+        try:
+            silicon.ask_ahead("cpu")
+            silicon.ask_ahead("cuda:3")
+            assert begun.wait(20)
+            threading.Timer(0.05, answer.set).start()
+            assert silicon.read_cuda(3) == (CudaSilicon("9.0", 132, 79), "NVIDIA H100")
+        finally:
+            silicon._probe.cache_clear()
+        assert asked == ["3"]
 
     def test_the_probe_talks_to_the_driver_alone(self, tmp_path):
         """Against a stand-in for libcuda: the calls, their order and the attributes' numbers."""

@@ -73,12 +73,24 @@ class TestWork:
         fields = [(task(DECODE), [candidate(module.Traced(), Config.of(tile=t)) for t in (1, 2, 4)])]
         assert [work.candidate.config["tile"] for work in compilations(fields)] == [1, 2, 4]
 
+    def test_backends_take_turns_problem_by_problem(self, module):
+        ours, theirs = ([candidate(kind(), Config.of(tile=t)) for t in (1, 2)] for kind in (module.Traced, module.Dies))
+        works = compilations([(task(DECODE), [*ours, *theirs]), (task(PROMPT), ours)])
+        turns = [(w.candidate.backend, w.candidate.config["tile"], w.recipes[0].case.name) for w in works]
+        assert turns[:4] == [
+            ("traced", 1, "decode"),
+            ("dies", 1, "decode"),
+            ("traced", 2, "decode"),
+            ("dies", 2, "decode"),
+        ]
+        assert [case for _, _, case in turns[4:]] == ["prompt", "prompt"]
+
 
 class TestCompilers:
     def test_compiles_for_the_architecture_of_the_problem_without_a_gpu(self, module, traces):
         with Compilers(1) as compilers:
             compilers.submit(compilations([(task(DECODE), [candidate(module.Traced())])]))
-            compilers.wait(task(DECODE))
+            compilers.wait()
         [trace] = traces()
         assert (trace["device"], trace["arch"], trace["sees"]) == ("cuda", 90, "")
         assert trace["nice"] > 0
@@ -95,13 +107,32 @@ class TestCompilers:
         assert len(traces()) == 6
         assert len({trace["pid"] for trace in traces()}) <= 2
 
-    def test_waits_for_one_problem_while_others_are_compiled(self, module, traces):
-        works = compilations([(task(DECODE), [candidate(module.Traced())])])
-        works += compilations([(task(PROMPT), [candidate(module.Dawdles())])])
+    def test_a_problem_is_ready_while_others_are_compiled(self, module, traces):
+        decode, prompt = (task(DECODE), [candidate(module.Traced())]), (task(PROMPT), [candidate(module.Dawdles())])
         with Compilers(2) as compilers:
-            compilers.submit(works)
-            compilers.wait(task(DECODE))
+            compilers.submit(compilations([decode, prompt]))
+            assert compilers.ready([prompt]) is None
+            assert compilers.first_ready([prompt, decode]) == 1
             assert not compilers.idle
+
+    def test_a_problem_waits_for_its_own_candidates_only(self, module, traces):
+        """One that is a candidate in the other launch mode alone may come last of all."""
+        both = candidate(module.Traced())
+        graph, eager = (task(DECODE, "graph"), [both]), (task(DECODE, "eager"), [both, candidate(module.Dawdles())])
+        with Compilers(2) as compilers:
+            compilers.submit(compilations([graph, eager]))
+            assert compilers.first_ready([eager, graph]) == 1
+
+    def test_a_problem_does_not_wait_for_another_with_the_same_candidate(self, module, traces):
+        long, short = DECODE.but(name="long", lengths=(1,) * module.DAWDLES_AT), DECODE.but(name="short", lengths=(1,))
+        fields = [(task(case), [candidate(module.DawdlesAtOne())]) for case in (short, long)]
+        with Compilers(1) as compilers:
+            compilers.submit(compilations(fields))
+            assert compilers.first_ready(fields) == 0
+            assert compilers.ready(fields[1:]) is None
+
+    def test_nothing_submitted_is_ready(self, module):
+        assert Compilers(0).first_ready([(task(DECODE), [candidate(module.Traced())])]) == 0
 
     @pytest.mark.parametrize(("fault", "said"), [("Refuses", "no such instruction"), ("Dies", "status 7")])
     def test_a_failure_is_told_and_stops_nobody(self, module, traces, fault, said):

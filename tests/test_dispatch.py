@@ -490,12 +490,12 @@ class TestBookkeeping:
         kinds = [make_inputs(BASE.but(lengths=(n,))).kwargs for n in range(1, entries.RECENT + 1)]
         for kwargs in kinds:
             op(**kwargs)
-        recent = op._entries.recent
+        recent = op.entries.recent
         assert len(recent) == entries.RECENT
-        monkeypatch.setattr(op._entries, "alike", lambda q, v: pytest.fail("asked the table"))
+        monkeypatch.setattr(op.entries, "alike", lambda q, v: pytest.fail("asked the table"))
         for kwargs in 3 * kinds:
             op(**kwargs)
-            assert op._entries.recent == recent
+            assert op.entries.recent == recent
 
     @pytest.mark.parametrize("more", [0, 1], ids=["recent", "dropped out"])
     def test_a_call_that_comes_twice_in_a_row_is_tried_first(self, op, more):
@@ -505,8 +505,8 @@ class TestBookkeeping:
         for kwargs in kinds:
             for _ in range(2):
                 op(**kwargs)
-            assert op._entries.recent[0].shapes[0] == kwargs["q"].shape
-            assert len(set(op._entries.recent)) == entries.RECENT
+            assert op.entries.recent[0].shapes[0] == kwargs["q"].shape
+            assert len(set(op.entries.recent)) == entries.RECENT
 
     def test_nothing_to_do_launches_nothing_however_often(self, op, spy):
         for spec in (BASE.but(lengths=()), BASE.but(lengths=(0, 0))):

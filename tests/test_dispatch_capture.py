@@ -180,7 +180,7 @@ class TestTheOp:
     def test_a_capture_is_another_kind_of_call(self, op, monkeypatch):
         kwargs = make_inputs(BASE).kwargs
         op(**kwargs)
-        [entry] = op._entries.recent
+        [entry] = op.entries.recent
         entry.on_cuda = True  # as far as the hot path can tell
         monkeypatch.setattr(hot, "is_current_stream_capturing", lambda: True)
         op(**kwargs)

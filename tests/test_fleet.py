@@ -117,6 +117,7 @@ def test_the_launch_modes_of_one_case_stay_together_and_known_ones_are_no_work()
     both = [problem("x", (1,), 2, mode=mode) for mode in ("eager", "graph")]
     work = units([*both, problem("y", (1, 1), 3), problem("z", (1,), 3, entry=object())])
     assert [len(unit.problems) for unit in work] == [2, 1]
+    assert [p.task.recipe.mode for p in work[0].problems] == ["graph", "eager"]
     assert work[0].seconds == 4
 
 

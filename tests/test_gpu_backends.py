@@ -27,6 +27,7 @@ OP = "fused_sigmoid_gating"
 #: Those that do the whole contract, token by token.
 GPU = ("triton", "cupy", "numba_cuda")
 CHUNKED, ROUNDED = "cupy_chunked", "cupy_chunked_bf16"
+CUT = ("cupy_cut", "cupy_cut_bf16")
 FRAMEWORKS = ("triton", "cupy", "numba", "llvmlite", "cuda")
 
 
@@ -35,7 +36,7 @@ def on_gpu(spec):
 
 
 def test_they_are_registered_and_each_has_an_engine():
-    assert {*GPU, CHUNKED, ROUNDED} == set(ENGINES) < set(registry.backends(OP))
+    assert {*GPU, CHUNKED, ROUNDED, *CUT} == set(ENGINES) < set(registry.backends(OP))
 
 
 def test_rounded_operands_are_for_those_who_name_them():
@@ -60,11 +61,69 @@ def test_no_rounded_candidate_is_tuned():
     assert [(record.backend, record.code) for record in admission.declined] == [(ROUNDED, RejectCode.POLICY.value)]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "hv", "tried"),
+    [
+        ((1,) * 8, 2, {"cupy"}),
+        ((8,) * 16, 2, {"cupy"}),
+        ((500,), 2, {"cupy", CHUNKED}),
+        ((1000,) * 64, 8, {"cupy", CHUNKED}),
+        ((2000,), 2, {"cupy", CHUNKED, CUT[0]}),
+    ],
+)
+def test_what_is_known_to_lose_is_not_tried(lengths, hv, tried):
+    own = Registry({}, load_plugins=False)
+    own.register_op(SPEC)
+    for name in ("cupy", CHUNKED, CUT[0]):
+        own.register_backend(registry.backends(OP)[name])
+    admission = admit(own, OP, on_gpu(BASE.but(lengths=lengths, padded=(), h=1, hv=hv, v=128)))
+    assert {candidate.backend for candidate in admission.candidates} == tried
+    left_out = {record.backend: record for record in admission.declined}
+    assert set(left_out) == {"cupy", CHUNKED, CUT[0]} - tried
+    assert all(record.code == RejectCode.HOPELESS.value and record.reason for record in left_out.values())
+
+
+def test_what_would_lose_is_tried_where_there_is_nothing_else():
+    own = Registry({}, load_plugins=False)
+    own.register_op(SPEC)
+    own.register_backend(registry.backends(OP)[CHUNKED])
+    admission = admit(own, OP, on_gpu(BASE.but(lengths=(1, 1), padded=())))
+    assert {candidate.backend for candidate in admission.candidates} == {CHUNKED}
+    assert not admission.declined
+
+
 def test_prompts_go_to_the_chunked_one_and_the_rest_to_the_recurrent_ones():
     chunked, recurrent = registry.backends(OP)[CHUNKED], registry.backends(OP)["cupy"]
     prompt, short = on_gpu(BASE.but(lengths=(2000,), padded=())), on_gpu(BASE)
     assert chunked.rank(prompt) > recurrent.rank(prompt)
     assert chunked.rank(short) < recurrent.rank(short)
+
+
+def test_sequences_are_cut_where_few_heads_leave_the_chip_idle_for_long():
+    cut, chunked = (registry.backends(OP)[name] for name in (CUT[0], CHUNKED))
+    long = BASE.but(lengths=(8192,), padded=(), k=128, v=128, h=4, hv=8)
+    for spec, pays in (
+        (long, True),
+        (long.but(lengths=(6000, *[64] * 31)), True),
+        (long.but(h=16, hv=64), False),
+        (long.but(lengths=(1024,) * 8), False),
+        (long.but(lengths=(512,)), False),
+        (BASE, False),
+    ):
+        problem = on_gpu(spec)
+        assert (cut.rank(problem) > chunked.rank(problem)) == pays, spec.lengths
+        assert cut.check(problem), "it can do them all"
+
+
+@pytest.mark.parametrize(("arch", "group"), [(80, False), (90, True)])
+def test_segments_are_as_many_as_fill_the_chip(arch, group):
+    cut = registry.backends(OP)[CUT[1]]
+    for hv, segments in ((2, 32), (8, 8), (16, 4), (64, 2)):
+        spec = BASE.but(lengths=(8192,), padded=(), k=128, v=128, h=hv // 2, hv=hv, io_dtype="bfloat16")
+        config = cut.configs(describe(spec, "cuda", arch))[0]
+        assert config["group"] is group
+        assert 8192 // config["cut"] == segments
+        assert hv * 8192 // config["cut"] * 2 <= 132 or segments == 2
 
 
 @pytest.mark.parametrize(

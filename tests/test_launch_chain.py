@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from isokern.backends.cupy_chunked.arguments import CHUNK, RECORDS_AT, aligned, record_bytes, records, slots, template
+from isokern.backends.cupy_chunked.arguments import (
+    CHUNK,
+    RECORDS_AT,
+    aligned,
+    crossing_bytes,
+    record_bytes,
+    slots,
+    template,
+    workspace,
+)
 from isokern.backends.launch.chain import Chain
 from isokern.backends.launch.compiler import Layout, Variant
 from isokern.backends.launch.image import Image
@@ -124,12 +133,34 @@ def test_there_is_a_slot_for_every_chunk_and_no_two_meet(lengths):
         first += length
     assert len(set(taken)) == len(taken)
     assert max(taken, default=-1) < slots(call)
-    assert records(call, 3) == slots(call) * call.hv * record_bytes(3)
+    assert workspace(call, 3) == slots(call) * call.hv * record_bytes(3)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(65,), (64, 64), (63, 66, 64, 129, 0, 65, 1), (1,) * 50 + (200,), (130, 0, 130, 130, 65, 65)]
+)
+@pytest.mark.parametrize("span", [64, 128])
+def test_there_is_a_place_for_every_segment_of_a_sequence_that_is_cut(lengths, span):
+    """``first_segment`` and ``first_crossing`` in chunks.cuh: first / span + sequence, and 2 first / span."""
+    call = call_of(SPEC.but(lengths=lengths, padded=()))
+    segments, crossings, first = [], [], 0
+    for n, length in enumerate(lengths):
+        count = -(-length // span)
+        segments += [first // span + n + i for i in range(count)]
+        crossings += [2 * first // span + i for i in range(count)] if count > 1 else []
+        first += length
+    assert len(set(segments)) == len(segments)
+    assert max(segments) < slots(call, span)
+    assert len(set(crossings)) == len(crossings)
+    room = (workspace(call, 1, span) - workspace(call, 1)) // call.hv // crossing_bytes(call.key_dim, call.value_dim)
+    assert max(crossings, default=-1) < room
 
 
 def test_slots_of_equal_lengths():
     call = call_of(SPEC.but(lengths=(70, 70), varlen=False))
-    assert slots(call) == 4
+    assert slots(call) == slots(call, 64) == 4
+    assert slots(call, 128) == 2
+    assert workspace(call, 1, 64) == workspace(call, 1) + 4 * call.hv * crossing_bytes(8, 8)
 
 
 def test_every_address_has_its_place_in_front():

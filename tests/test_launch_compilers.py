@@ -259,7 +259,7 @@ def test_a_kernel_is_found_again_by_source_options_architecture(monkeypatch):
 def test_the_chunked_kernels_are_compiled_once_for_what_each_looks_at(monkeypatch):
     """The first kernel is one for all configs and pools; both are compiled ahead for dense tensors."""
     from isokern.backends.cupy_chunked import compiling
-    from isokern.backends.cupy_chunked.backend import CupyChunked
+    from isokern.backends.cupy_chunked.backend import CupyChunked, CupyCut
     from isokern.backends.cupy_chunked.launcher import compilers
 
     made = []
@@ -270,14 +270,19 @@ def test_the_chunked_kernels_are_compiled_once_for_what_each_looks_at(monkeypatc
             for compiler in compilers(problem, config, CupyChunked.pieces):
                 for variant in compiler.expected():
                     image = compiler.image(variant)
-                    assert image.shared == (
-                        compiler.specialization.prepare_bytes
-                        if compiler.kernel == "prepare"
-                        else compiler.specialization.scan_bytes
-                    )
+                    assert (image.threads, image.shared) == compiler.specialization.block(compiler.kernel)
     configs = CupyChunked().configs(problem_of(DECODE))
     assert made.count("prepare.cu") == 1
     assert made.count("scan.cu") == 2 * len(configs) > 2
+    made.clear()
+    cut = CupyCut().configs(problem_of(DECODE))[0]
+    kernels = [compiler.kernel for compiler in compilers(problem_of(DECODE), cut, CupyCut.pieces)]
+    assert kernels == ["prepare", "local", "join", "scan"]
+    for compiler in compilers(problem_of(DECODE), cut, CupyCut.pieces):
+        for variant in compiler.expected():
+            image = compiler.image(variant)
+            assert image.entry == ("scan" if compiler.kernel == "local" else compiler.kernel)
+    assert made == ["scan.cu", "join.cu", "scan.cu"], "the first kernel is there already"
     odd = compilers(problem_of(DECODE.but(strides="any")), configs[0], CupyChunked.pieces)
     assert [compiler.expected() for compiler in odd] == [(), ()]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isokern.registry.backend import RoundedChunk
+from isokern.registry.backend import Chunked
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.gates import beta_of, log_decay, normalise
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
@@ -59,7 +59,7 @@ def evaluate(call, of_state, of_value, of_matrix):
 def judged(spec, of_state=to_nearest, of_value=to_nearest, of_matrix=to_nearest):
     call = canonical_call(**make_inputs(spec).kwargs)
     call.out = torch.zeros_like(call.v)
-    ref = reference(call, chunk=RoundedChunk(CHUNK))
+    ref = reference(call, chunk=Chunked(CHUNK, rounded=True))
     evaluate(call, of_state, of_value, of_matrix)
     return judge(call, call.out, ref)
 

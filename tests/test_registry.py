@@ -168,10 +168,20 @@ class TestChoice:
         assert seen == [("fast4", 6)]
 
 
+def test_a_contracts_version_is_known_without_loading_the_op(registry):
+    assert registry.contract_version("toy") == 1
+    own = Registry(load_plugins=False)
+    for name in own.names():
+        version = own.contract_version(name)
+        assert not own._specs
+        assert own.spec(name).contract_version == version == own.contract_version(name)
+
+
 class TestErrors:
-    def test_unknown_op_names_near_ones(self, registry):
+    @pytest.mark.parametrize("ask", ["get", "backends", "contract_version"])
+    def test_unknown_op_names_near_ones(self, registry, ask):
         with pytest.raises(UnknownNameError, match="did you mean 'toy'") as caught:
-            registry.get("tooy")
+            getattr(registry, ask)("tooy")
         assert caught.value.near == ("toy",)
 
     def test_unknown_backend_names_near_ones(self, registry):

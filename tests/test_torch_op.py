@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isokern import registry
 from isokern.errors import ArgumentValueError, BackendDeclinedError, BackendFailedError
-from isokern.registry import FunctionBackend
+from isokern.registry import FunctionBackend, Registry
 from isokern.registry.conformance.check import Status
 from isokern.registry.conformance.runner import run_checks
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
 from isokern.registry.ops.fused_sigmoid_gating.mutants import mutant
+from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
 from isokern.registry.ops.fused_sigmoid_gating.torch_op import OPERATORS, serving
 from isokern.registry.ops.fused_sigmoid_gating.torch_settings import Settings, parse_settings, settings_of
 from isokern.registry.varlen.layout import SequenceLayout
@@ -154,23 +155,15 @@ class TestStep:
 
     def test_it_runs_the_op_that_is_served(self):
         seen = []
-
-        def own(*args, **kwargs):
-            seen.append((args, kwargs))
-            return torch.zeros(3)
-
-        args = step_arguments({**make_inputs(BASE).kwargs, "max_seqlen": 5, "backend": "numba_cpu"})
-        with serving(own), torch.no_grad():
-            torch.ops.isokern.fused_sigmoid_gating_step(*args)
-        [(_, options)] = seen
-        assert options == {
-            "state_layout": "kv",
-            "is_kda": False,
-            "lower_bound": None,
-            "allow_neg_eigval": False,
-            "max_seqlen": 5,
-            "backend": "numba_cpu",
-        }
+        own = Registry({}, load_plugins=False)
+        own.register_op(SPEC)
+        own.register_backend(FunctionBackend(lambda call: seen.append(call) or call.out, OP, "mine", priority=1))
+        kwargs = {**make_inputs(BASE).kwargs, "max_seqlen": 5, "backend": "mine", "scale": 0.25}
+        with serving(own.get(OP)), torch.no_grad():
+            torch.ops.isokern.fused_sigmoid_gating_step(*step_arguments(kwargs))
+        [call] = seen
+        assert (call.max_seqlen, call.scale, call.state_layout) == (5, 0.25, "kv")
+        assert call.pool is kwargs["initial_state_source"]
 
     def test_a_setting_that_is_no_constant_of_python_takes_the_general_operator(self, op):
         for odd in ({"softplus_beta": 1}, {"scale": 1}):

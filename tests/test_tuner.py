@@ -27,6 +27,7 @@ from isokern.autotune.simulate import Noise, SyntheticDevice
 from isokern.autotune.tuner import (
     NothingProvenError,
     Settings,
+    Shared,
     Task,
     Workers,
     journal_path,
@@ -96,7 +97,13 @@ class Tuning:
         self.workers = workers
         self.environment = registry.environment("cpu")
 
-    def tune(self, task: Task | None = None, progress: Progress | None = None, settings: Settings = SETTINGS):
+    def tune(
+        self,
+        task: Task | None = None,
+        progress: Progress | None = None,
+        settings: Settings = SETTINGS,
+        shared: Shared | None = None,
+    ):
         return tune_problem(
             task or task_of(),
             registry=self.registry,
@@ -105,6 +112,7 @@ class Tuning:
             workers=self.workers,
             settings=settings,
             progress=progress,
+            shared=shared,
         )
 
     def journal(self) -> list[dict]:
@@ -405,6 +413,29 @@ def test_a_new_backend_reopens_the_problem_and_the_old_verdicts_stand(tmp_path, 
     assert steps.gated == ("swift[default]: proven",), "only what is new was gated"
     assert new.backend == "swift"
     assert {c.backend: c.code for c in new.candidates}["fast_and_wrong"] == "wrong"
+
+
+def test_the_tunings_of_one_run_gate_a_candidate_once(tmp_path, workers, monkeypatch):
+    """A second tuning of the same values, as in another launch mode: what was proven is called and timed again."""
+    asked = []
+    request = workers.examiner.request
+
+    def noted(do, limit_s, **arguments):
+        asked.append((do, arguments.get("name", "").partition("[")[0]))
+        return request(do, limit_s, **arguments)
+
+    monkeypatch.setattr(workers.examiner, "request", noted)
+    shared = Shared()
+    kinds = (planted.Honest, planted.Swift, planted.FastAndWrong)
+    one, other = (Tuning(registry_of(*kinds), tmp_path / name, workers) for name in ("one", "other"))
+    one.tune(shared=shared)
+    assert {name for do, name in asked if do == "gate"} == {"honest", "swift", "fast_and_wrong"}
+    assert {name for _, name, _ in shared.proven} == {"honest[default]", "swift[default]"}
+    asked.clear()
+    entry = other.tune(shared=shared)
+    assert {name for do, name in asked if do == "first_call"} == {"honest", "swift", "fast_and_wrong"}
+    assert {name for do, name in asked if do == "gate"} == {"fast_and_wrong"}
+    assert entry.chosen.tags == ("conformant", "repeatable")
 
 
 def test_when_the_winner_changes_its_slow_rivals_race_again(tmp_path, workers):

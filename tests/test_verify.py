@@ -17,7 +17,7 @@ from isokern import engines, registry
 from isokern.engines import ENGINES, MissingEngineError
 from isokern.errors import ArgumentValueError, IsokernError, UnknownNameError
 from isokern.registry import Accepted, FunctionBackend, RejectCode, Rejected
-from isokern.registry.conformance import cli
+from isokern.registry.conformance import cli, places
 from isokern.registry.conformance.check import Finding, Status
 from isokern.registry.conformance.cli import verify_backends
 from isokern.registry.conformance.report import Report, Skipped
@@ -92,7 +92,7 @@ def verify(names=None, checks=None, device="auto", every_config=False, report=No
         full=False,
         every_config=every_config,
         report=report,
-        out=Console(file=out, width=200, color_system=None),
+        out=Console(file=out, width=300, color_system=None),
         device=device,
     )
     return ok, out.getvalue()
@@ -202,7 +202,7 @@ class TestWhatIsMissing:
 
     def test_a_framework_that_is_missing_is_named_with_how_to_install_it(self, monkeypatch):
         Ran(monkeypatch, cuda=True)
-        monkeypatch.setattr(cli, "missing_modules", lambda b: b.requires if b.name in GPU else ())
+        monkeypatch.setattr(places, "missing_modules", lambda b: b.requires if b.name in GPU else ())
         ok, text = verify()
         assert ok, "the others are there"
         assert "cupy: not verified: backend 'cupy' needs cupy: pip install 'isokern[cupy-cuda13x]'" in text
@@ -227,7 +227,8 @@ def test_the_table_and_the_report_say_what_it_ran_on(tmp_path, monkeypatch):
     assert shutil.which("g++"), "the engine of the CUDA C++ backend compiles with g++"
     ok, text = verify(["cupy", "torch_reference"], ["N3", "S5"], device="cpu", report=tmp_path / "report.json")
     assert ok
-    header = [line for line in text.splitlines() if "cupy" in line or "cuda_on_cpu" in line]
+    table = text[text.index("conformance of") :]
+    header = [line for line in table.splitlines() if "cupy" in line or "cuda_on_cpu" in line]
     assert "torch_reference" in header[0]
     assert "cuda_on_cpu" in header[1]
     assert "cpu" in header[1].split("cuda_on_cpu")[1]

@@ -20,15 +20,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from isokern.autotune.cost import CostModel
+from isokern.autotune.compiling import Compilers
+from isokern.autotune.cost import CostModel, compile_seconds, warmup_seconds
 from isokern.autotune.device_lock import device_lock
 from isokern.autotune.examine import GatePolicy
 from isokern.autotune.policy import MeasurePolicy, RacePolicy, ScreenPolicy, TunePolicy
 from isokern.autotune.progress import Progress
 from isokern.autotune.report import format_duration, plan_summary, plan_table, report_summary, report_table
 from isokern.autotune.tuner import Settings
+from isokern.autotune.turns import Waiting, in_turn, ordered
 from isokern.autotune.warmup import Interrupted, plan_warmup, run_warmup
-from isokern.autotune.worker import Limits
+from isokern.autotune.worker import Limits, Worker
 from isokern.cache import Layer, Store
 from isokern.errors import ArgumentValueError, CatalogueError, UnknownNameError
 from isokern.registry.core import Registry
@@ -190,6 +192,32 @@ def test_a_plan_lists_problems_without_running_anything(tmp_path):
     assert "2 of 2 problems to tune" in plan_summary(plan)
 
 
+_PLAN = """
+import sys
+from pathlib import Path
+from isokern import registry
+from isokern.autotune.turns import Waiting, in_turn, ordered
+from isokern.autotune.warmup import plan_warmup
+from isokern.cache import Layer, Store
+from isokern.cache.environment import Environment
+from isokern.cache.silicon import CudaSilicon
+
+h100 = Environment("cuda", CudaSilicon("9.0", 132, 80), 0, "13.0", (), "3.11")
+registry.default.environment = lambda device: h100
+store = Store([Layer("explicit", Path(sys.argv[1]), writable=True)])
+plan = plan_warmup("qwen3-next-80b-a3b", 8, None, "cuda", store=store)
+print(len(plan.problems), "torch" in sys.modules)
+"""
+
+
+def test_a_plan_for_a_gpu_needs_no_torch(tmp_path):
+    """It takes seconds to load, and a warm-up that finds everything has no other use for it."""
+    command = [sys.executable, "-c", _PLAN, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+    assert int(told[0]) > 0
+    assert told[1] == "False"
+
+
 def test_cases_of_one_tuning_key_are_tuned_once_by_the_largest(tmp_path):
     plan = plan_at(tmp_path, ("decode N=5", "decode N=8", "decode N=7", "decode N=9"))
     assert [p.cases for p in plan.problems] == [("decode N=8", "decode N=7", "decode N=5"), ("decode N=9",)]
@@ -213,6 +241,106 @@ def test_estimates_follow_what_earlier_runs_took(tmp_path):
     learned = CostModel.calibrated("cpu", [(task, earlier)])
     assert learned.scale == pytest.approx(3.0)
     assert "earlier" in learned.source
+
+
+def test_what_another_launch_mode_has_proven_costs_no_references(tmp_path):
+    task = plan_at(tmp_path, ("prefill 1x1024",)).problems[0].task
+    first, second = (CostModel(1.0, "").seconds(task, 60, proven=proven) for proven in (False, True))
+    assert second < first
+
+
+def test_graphs_are_tuned_while_kernels_are_compiled_and_the_rest_afterwards():
+    whole = warmup_seconds([10.0, 10.0], [5.0, 5.0], 15.0, 100.0)
+    assert 100.0 + 10.0 + 10.0 < whole < 15.0 + 100.0 + 10.0 + 10.0
+    without = warmup_seconds([10.0, 10.0], [5.0, 5.0], 15.0, 0.0)
+    assert 15.0 + 20.0 + 10.0 < without < whole
+    assert warmup_seconds([], [], 15.0, 0.0) == 0.0
+
+
+def test_kernels_that_are_there_are_not_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("isokern.autotune.cost.directory", lambda: tmp_path)
+    work = [None] * 40
+    nothing_there = compile_seconds(work)
+    (tmp_path / "cupy").mkdir()
+    estimates = []
+    for there in (20, 40, 60):
+        for number in range(there):
+            (tmp_path / "cupy" / f"{number}.json").touch()
+        estimates.append(compile_seconds(work))
+    assert nothing_there > estimates[0] > estimates[1] == estimates[2] > 0
+    assert compile_seconds([]) == 0.0
+
+
+def test_a_dry_run_promises_what_the_plan_estimates(tmp_path):
+    plan = replace(plan_at(tmp_path), compile_s=1000.0)
+    assert plan.estimate_s > 1000.0
+    assert f"about {format_duration(plan.estimate_s)}" in plan_summary(plan)
+
+
+# ---- what is tuned when
+
+
+class Crew:
+    """Compilers whose work is done step by step: each wait ends with the next problem's."""
+
+    def __init__(self, *order):
+        self.order = list(order)
+        self.done = []
+        self.failures = []
+
+    @property
+    def idle(self):
+        return not self.order
+
+    def ready(self, fields):
+        return next((i for i, (task, _) in enumerate(fields) if task in self.done), None)
+
+    def first_ready(self, fields):
+        while self.ready(fields) is None:
+            self.done.append(self.order.pop(0))
+        return self.ready(fields)
+
+    def wait(self):
+        self.done += self.order
+        self.order.clear()
+
+
+def waiting(name, mode):
+    task = SimpleNamespace(name=f"{name} {mode}", recipe=SimpleNamespace(mode=mode))
+    return Waiting(SimpleNamespace(task=task), (task, ()))
+
+
+def test_a_budget_is_for_the_most_valuable_else_the_longest_are_compiled_first():
+    def planned(mode, seconds):
+        return SimpleNamespace(known=False, estimate_s=seconds, task=SimpleNamespace(recipe=SimpleNamespace(mode=mode)))
+
+    first, second, eager = planned("graph", 1.0), planned("graph", 2.0), planned("eager", 3.0)
+    on_gpu = SimpleNamespace(problems=(eager, first, second), environment=SimpleNamespace(device="cuda"))
+    assert ordered(on_gpu, longest_first=True) == [second, first, eager]
+    assert ordered(on_gpu, longest_first=False) == [first, second, eager]
+    on_cpu = SimpleNamespace(problems=(first, second), environment=SimpleNamespace(device="cpu"))
+    assert ordered(on_cpu, longest_first=True) == [first, second]
+
+
+def test_by_graph_whatever_is_compiled_and_the_rest_when_all_is():
+    a, b, c, eager = waiting("a", "graph"), waiting("b", "graph"), waiting("c", "graph"), waiting("a", "eager")
+    crew = Crew(b.field[0], eager.field[0], a.field[0], c.field[0])
+    steps = Steps()
+    turns = in_turn([a, b, c, eager], crew, steps)
+    assert next(turns) is b.planned, "the first that is ready"
+    crew.wait()
+    assert list(turns) == [a.planned, c.planned, eager.planned], "then in order"
+    assert steps.seen == [("stage", "compile")]
+
+
+def test_what_counts_the_hosts_time_waits_for_all_compilers():
+    a, b, eager = waiting("a", "graph"), waiting("b", "graph"), waiting("a", "eager")
+    crew = Crew(eager.field[0], a.field[0], b.field[0], "another's")
+    crew.failures.append("kernel: no such instruction")
+    steps = Steps()
+    seen = [(planned, crew.idle) for planned in in_turn([a, b, eager], crew, steps)]
+    assert seen == [(a.planned, False), (b.planned, False), (eager.planned, True)]
+    assert crew.failures == []
 
 
 # ---- runs
@@ -277,6 +405,39 @@ def test_a_spent_budget_skips_problems_and_says_so(tmp_path):
     assert [p.cases[0] for p in report.skipped] == ["decode N=1", "verify 2x2"]
     assert report.workers == 0
     assert "2 not reached" in report_summary(report)
+
+
+class AsOnGpu:
+    """The environment of a CPU that passes for a GPU's."""
+
+    device = "cuda"
+
+    def __init__(self, here):
+        self.here = here
+
+    def __getattr__(self, name):
+        return getattr(self.here, name)
+
+
+def test_on_a_gpu_compilers_and_all_workers_are_set_off_before_the_first_problem(tmp_path, monkeypatch):
+    compiled, begun = [], []
+    monkeypatch.setattr(Compilers, "submit", lambda crew, work: compiled.extend(w.candidate.name for w in work))
+    begin = Worker.begin
+    monkeypatch.setattr(Worker, "begin", lambda worker: (begun.append(worker), begin(worker))[1])
+
+    class Begins(Steps):
+        def begin(self, problem, index, total):
+            super().begin(problem, index, total)
+            assert (len(compiled), len(begun)) == (1, 3)
+
+    steps = Begins()
+    plan = plan_at(tmp_path, ("decode N=1",))
+    report = run_warmup(replace(plan, environment=AsOnGpu(plan.environment)), steps, compilers=2)
+    assert steps.seen[0] == ("begin", "decode N=1", 0, 1)
+    assert report.ok
+    assert [p.proof.ok for p in report.problems] == [True]
+    assert report.workers == 3, "the one that proves is the third that was begun"
+    assert not any(worker.alive for worker in begun)
 
 
 def test_a_problem_without_a_winner_fails_alone(tmp_path):

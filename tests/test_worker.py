@@ -8,12 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
+from isokern.autotune import session
 from isokern.autotune.channel import Channel, ChannelClosedError
+from isokern.autotune.measure_cuda import CudaBench
 from isokern.autotune.recipe import Origin, ProblemRecipe, find_backend, origin_of
 from isokern.autotune.tuner import Workers
 from isokern.autotune.worker import CandidateFailure, Limits, Worker
@@ -220,3 +226,118 @@ def test_two_workers_that_begin_together_serve_from_their_first_processes():
 def test_a_rehearsal_goes_through_the_gate_and_leaves_the_worker_as_it_was(worker):
     verdict = worker.request("rehearse", LIMITS.gate, problem=RECIPE.to_dict())
     assert verdict["code"] is None
+
+
+# ---- what is kept between problems
+
+
+class TestKeeping:
+    """References cost many times what the kernels do, and each problem comes once per launch mode."""
+
+    BY_GRAPH = replace(RECIPE, mode="graph")
+    OTHERS = tuple(replace(RECIPE, seed=seed) for seed in range(1, 5))
+
+    @pytest.fixture
+    def keep(self, monkeypatch):
+        """What a session on a GPU with 1000 free bytes keeps for a recipe."""
+        monkeypatch.setattr(session, "_free_bytes", lambda device: 1000)
+        monkeypatch.setattr(session, "_KEPT_SHARE", 1.0)
+        on_gpu = session.Session("cpu", torch.get_num_threads())
+        on_gpu.device = "cuda:0"
+        return on_gpu._keep
+
+    def test_launch_modes_share(self, keep):
+        assert keep(RECIPE) is keep(self.BY_GRAPH)
+        assert keep(RECIPE) is not keep(self.OTHERS[0])
+
+    def test_the_oldest_are_given_up_for_a_new_one(self, keep):
+        first, second, third = (keep(recipe) for recipe in self.OTHERS[:3])
+        for kept in (first, second, third):
+            kept.get("it", lambda: Held(300))
+        assert keep(self.OTHERS[0]) is first, "used last"
+        keep(self.OTHERS[3])
+        assert keep(self.OTHERS[0]) is first
+        assert keep(self.OTHERS[1]) is not second
+
+    def test_all_together_hold_a_share_of_what_is_free(self, keep):
+        keep(self.OTHERS[0]).get("it", lambda: Held(400))
+        newest = keep(self.OTHERS[1])
+        newest.get("large", lambda: Held(700))
+        assert newest.bytes == 0
+        newest.get("small", lambda: Held(600))
+        assert newest.bytes == 600
+
+    def test_a_cpu_keeps_nothing_beyond_a_problem(self, keep):
+        on_cpu = keep.__self__
+        on_cpu.device = "cpu"
+        on_cpu.load(RECIPE)
+        on_cpu._kept.get("it", lambda: Held(300))
+        kept = weakref.ref(on_cpu._kept)
+        on_cpu.perform("unload", {}, print)
+        assert kept() is None
+
+
+class TestFirstCallsOnAGpu:
+    """Timed as they will be raced, unless a call that is waited for takes hopelessly long; not on a GPU here."""
+
+    @pytest.fixture
+    def first_call(self):
+        """First calls that take these seconds, waited for, and so much in the bench's hands."""
+
+        def first_call(*waited, glance=1e-4, rotates=True, mode="graph", best_s=1e-4):
+            made = session.Session("cpu", torch.get_num_threads())
+            made.load(RECIPE)
+            made.device = "cuda:0"
+            times = iter(waited)
+            made._once = lambda *_: next(times)
+            made._bound["it"] = SimpleNamespace(runner=None)
+            made._bench = Glancing.taking(glance, rotates)
+            answer = made.first_call("it", 5, session.MeasurePolicy(mode=mode), best_s)
+            assert next(times, None) is None, "no call more or less than expected"
+            return answer
+
+        return first_call
+
+    def test_ranked_by_the_bench(self, first_call):
+        assert first_call(9.0, 3e-4) == {"seconds": [1e-4], "least_s": 1e-4}
+        assert first_call(9.0, 3e-4, mode="eager") == {"seconds": [1e-4], "least_s": None}
+
+    def test_what_finds_the_cache_cold_in_graphs_alone_says_nothing_of_eager_calls(self, first_call):
+        assert first_call(9.0, 3e-4, rotates=False)["least_s"] is None
+
+    def test_a_hopeless_one_is_called_once_more_and_not_glanced_at(self, first_call):
+        slow = first_call(9.0, 0.3, 0.2005, glance=None)
+        assert slow["seconds"] == [0.2005]
+        assert slow["least_s"] == pytest.approx(0.1)
+        assert first_call(9.0, 0.3, 0.2, mode="eager", glance=None)["least_s"] is None
+
+    def test_a_host_that_stumbles_once_loses_nobody(self, first_call):
+        assert first_call(9.0, 0.3, 3e-4)["seconds"] == [1e-4]
+
+
+class Glancing(CudaBench):
+    @classmethod
+    def taking(cls, seconds, rotates):
+        made = cls.__new__(cls)
+        made.seconds, made._calls = seconds, (None,) * (1 + rotates)
+        return made
+
+    def glance(self, name, runner, waited_s):
+        assert self.seconds is not None
+        return self.seconds
+
+    def forget(self, name):
+        pass
+
+
+class Held:
+    """Something of so many bytes."""
+
+    def __init__(self, size):
+        self.tensor = torch.zeros(size, dtype=torch.uint8)
+
+    def lasting(self):
+        return (self.tensor,)
+
+    def places(self):
+        return ()

@@ -26,6 +26,7 @@ _CPU = {
 _PROMPTS = {
     "isokern": "isokern's choice",
     "cupy_chunked_bf16": "cupy_chunked_bf16 (operands in bfloat16)",
+    "cupy_cut_bf16": "cupy_cut_bf16 (the same, sequences cut)",
     "cupy_chunked": "cupy_chunked (float32)",
 }
 _HOST_CASE = "decode N=4 H=16 HV=32 float32"

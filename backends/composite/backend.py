@@ -19,6 +19,8 @@ __all__ = ["Composite"]
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _EQUAL = (LengthClass.DECODE, LengthClass.UNIFORM)
+#: Tokens per sequence from which most of a batch is prompts.
+_PROMPTS = 64
 
 
 class Composite(Backend):
@@ -56,16 +58,23 @@ class Composite(Backend):
 
             known = registry.backends(self.op)
             found = {n: b for n, b in known.items() if type(b).__module__.partition(".")[0] == _OWN_PACKAGE}
-        # Rounded operands are for those who ask for them by name.
-        return {name: b for name, b in found.items() if not isinstance(b, Composite) and b.accuracy != "rounded"}
+        # Rounded operands are for those who ask for them by name; where a part would be cut, no config here says.
+        return {
+            name: b
+            for name, b in found.items()
+            if not isinstance(b, Composite) and b.accuracy != "rounded" and not b.cuts
+        }
 
     def rank(self, problem: Problem) -> int:
         """Before every other backend where each part has its own first choice, the long one's a chunked backend.
 
         On a GPU only, for batches whose longest sequence decides the time: there a kernel that walks over the tokens
-        takes many times as long as a chunked one. On a CPU ``numba_cpu`` is the first choice for both parts.
+        takes many times as long as a chunked one. On a CPU ``numba_cpu`` is the first choice for both parts. Where
+        rounded operands will do, prompts go to a backend that rounds, which is no part.
         """
         if problem.device != "cuda" or problem.profile.length_class is not LengthClass.HEAVY:
+            return self.priority
+        if problem.accuracy == "rounded" and problem.profile.tokens >= _PROMPTS * problem.profile.n:
             return self.priority
         if not self.check(problem):
             return self.priority

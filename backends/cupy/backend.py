@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -66,7 +67,9 @@ class Cupy(Backend):
         return (*(folder / name for name in names), *sorted((folder / "kernels").iterdir()), *launch.sources())
 
     def toolchain(self) -> Mapping[str, str]:
+        found = {}
         # The wheel is named after the CUDA version it is built for.
-        wanted = ("cupy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc")
-        present = {d.metadata["Name"] for d in metadata.distributions()}
-        return {name: metadata.version(name) for name in wanted if name in present}
+        for name in ("cupy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc"):
+            with suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
+        return found

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import struct
 
-import torch
-
 from ...registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 
-__all__ = ["CHUNK", "RECORDS_AT", "VECTORS", "aligned", "record_bytes", "records", "slots", "template"]
+__all__ = [
+    "CHUNK",
+    "RECORDS_AT",
+    "VECTORS",
+    "aligned",
+    "crossing_bytes",
+    "passing_bytes",
+    "record_bytes",
+    "slots",
+    "template",
+    "workspace",
+]
 
 #: Tokens of a chunk.
 CHUNK = 64
@@ -17,8 +26,8 @@ _ADDRESSES = "q k v a b out A_log dt_bias pool cu_seqlens read_slots write_slots
 _WORD = 8
 #: The byte where the records' address goes.
 RECORDS_AT = _WORD * len(_ADDRESSES)
-# The addresses, 6 x Tokens (4 words), 2 strides, States (4), 3 words, 6 floats.
-_LAYOUT = struct.Struct(f"={RECORDS_AT + _WORD}x{6 * 4 + 2 + 4 + 3}q6f")
+# The addresses, 6 x Tokens (4 words), 2 strides, States (4), 4 words, 6 floats.
+_LAYOUT = struct.Struct(f"={RECORDS_AT + _WORD}x{6 * 4 + 2 + 4 + 4}q6f")
 #: Tensors whose addresses must be multiples of 16 bytes, if they are accessed so.
 VECTORS = ("q", "k", "v", "out", "pool")
 _VECTOR = 16
@@ -47,6 +56,7 @@ def template(call: Call) -> tuple[bytes, tuple[tuple[int, int], ...]]:
         call.n,
         call.q.shape[1],
         call.hv,
+        slots(call),
         call.scale,
         call.softplus_beta,
         call.softplus_threshold,
@@ -59,10 +69,13 @@ def template(call: Call) -> tuple[bytes, tuple[tuple[int, int], ...]]:
     return block, tuple(places)
 
 
-def slots(call: Call) -> int:
-    """Chunks there is room for: no fewer than there are, known without the lengths (``Sequence`` in chunks.cuh)."""
+def slots(call: Call, span: int = CHUNK) -> int:
+    """Parts of ``span`` tokens there is room for: no fewer than there are, known without the lengths.
+
+    Chunks by default; segments are numbered alike (``Sequence`` in chunks.cuh).
+    """
     length = call.q.shape[1]
-    return length // CHUNK + call.n if call.cu_seqlens is not None else call.n * -(-length // CHUNK)
+    return length // span + call.n if call.cu_seqlens is not None else call.n * -(-length // span)
 
 
 def record_bytes(pieces: int) -> int:
@@ -70,9 +83,23 @@ def record_bytes(pieces: int) -> int:
     return pieces * 2 * 12 * 512 + 3 * 4 * CHUNK + 16
 
 
-def records(call: Call, pieces: int) -> int:
-    """Bytes of all records of a call."""
-    return slots(call) * call.hv * record_bytes(pieces)
+def passing_bytes(pieces: int) -> int:
+    """``sizeof(Passing)``: the part of it that moves a state on."""
+    return pieces * 12 * 512 + 2 * 4 * CHUNK + 16
+
+
+def crossing_bytes(k: int, v: int) -> int:
+    """``sizeof(Crossing)``: what a segment does to a value head's state, and the state that it starts from."""
+    return (k + v) * (-(-k // 16) * 16) * 4
+
+
+def workspace(call: Call, pieces: int, span: int = 0) -> int:
+    """Bytes that the kernels leave each other of a call: records of chunks, and of segments of ``span`` tokens."""
+    count = 0
+    if span:
+        count = 2 * call.q.shape[1] // span + 1 if call.cu_seqlens is not None else slots(call, span)
+    crossings = count * crossing_bytes(call.key_dim, call.value_dim)
+    return call.hv * (slots(call) * record_bytes(pieces) + crossings)
 
 
 def aligned(call: Call) -> bool:
@@ -91,4 +118,6 @@ def aligned(call: Call) -> bool:
 def _out_stride(call: Call) -> tuple[int, ...]:
     if call.out is not None:
         return call.out.stride()
+    import torch
+
     return torch.empty(call.v.shape, device="meta").stride()

@@ -12,15 +12,22 @@ from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .. import launch
 from ..cupy.backend import Cupy
 from ..launch import ahead
-from .configs import configs, shared_limit
+from .arguments import CHUNK
+from .configs import configs, cut_configs, shared_limit
 
-__all__ = ["CupyChunked", "CupyChunkedBf16"]
+__all__ = ["CupyChunked", "CupyChunkedBf16", "CupyCut", "CupyCutBf16"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_HEAD = 256
 #: Tokens of the longest sequence from which the recurrent form is taken to be slower (0.2 us a token against 20 us for
 #: the first chunks, on an H100).
 _PAYS_FROM = 128
+#: Columns of V of a block; blocks that leave most of the chip idle; and tokens from which that lasts.
+_COLUMNS, _FEW_BLOCKS, _CUT_FROM = 64, 32, 2048
+#: Blocks that fill it.
+_MANY_BLOCKS = 132
+#: Tokens of the longest sequence up to which a chunk never pays.
+_NEVER = 16
 
 
 class CupyChunked(Backend):
@@ -66,7 +73,7 @@ class CupyChunked(Backend):
             return Rejected(RejectCode.FEATURE, "a chunk does not form the states after each of its tokens")
         if max(problem.k, problem.v) > _LARGEST_HEAD:
             return Rejected(RejectCode.SHAPE, f"K and V up to {_LARGEST_HEAD}, given {problem.k} and {problem.v}")
-        if not configs(problem, self.pieces):
+        if not self.configs(problem):
             most = shared_limit(problem.arch) >> 10
             what = f"a chunk of K={problem.k} in {problem.io_dtype}"
             return Rejected(RejectCode.SHAPE, f"{what} does not fit the {most} KiB of shared memory")
@@ -74,6 +81,12 @@ class CupyChunked(Backend):
 
     def configs(self, problem: Problem) -> Sequence[Config]:
         return configs(problem, self.pieces)
+
+    def hopeless(self, problem: Problem) -> str | None:
+        longest = problem.profile.longest
+        if longest is not None and longest <= _NEVER:
+            return f"at most {longest} tokens a sequence, where a chunk of {CHUNK} takes longer than they do one by one"
+        return None
 
     def bind(self, problem: Problem, config: Config) -> Runner:
         from .launcher import launcher
@@ -99,6 +112,46 @@ class CupyChunked(Backend):
         return Cupy().toolchain()
 
 
+class CupyCut(CupyChunked):
+    """Sequences cut into segments that are worked on side by side, for prompts with too few heads to fill the chip.
+
+    Three passes: what each segment does to a state, whatever the state (K columns more), the states that segments start
+    from, and then the outputs. Bits depend on where a sequence is cut, and that on the batch's profile.
+    """
+
+    name: ClassVar[str] = "cupy_cut"
+    tags: ClassVar[frozenset[str]] = frozenset({"repeatable", "capture_safe"})
+    cuts: ClassVar[bool] = True
+    priority: ClassVar[int] = 84
+
+    def rank(self, problem: Problem) -> int:
+        """First where heads are few and some sequence is known to be long; else below all others on a GPU."""
+        return self.priority + 3 if _pays(problem) else 30
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        return cut_configs(problem, self.pieces)
+
+    def hopeless(self, problem: Problem) -> str | None:
+        longest = problem.profile.longest
+        if longest is not None and longest < _CUT_FROM // 2:
+            return f"at most {longest} tokens a sequence, too few to be worth three passes"
+        blocks = None if longest is None else _blocks(problem, longest)
+        if blocks is not None and blocks > _MANY_BLOCKS:
+            return f"{blocks} blocks of long sequences fill the multiprocessors without any being cut"
+        return None
+
+
+def _blocks(problem: Problem, longest: int) -> int:
+    """Blocks of the scan that work on sequences about as long as the longest: there are at most tokens / longest."""
+    return max(1, problem.profile.tokens // longest) * problem.hv * -(-problem.v // _COLUMNS)
+
+
+def _pays(problem: Problem) -> bool:
+    """Whether whole sequences leave most of the chip idle for long: by few blocks, and many chunks."""
+    longest = problem.profile.longest
+    return longest is not None and longest >= _CUT_FROM and _blocks(problem, longest) <= _FEW_BLOCKS
+
+
 class CupyChunkedBf16(CupyChunked):
     """The same kernels with every operand of a product rounded to bfloat16, as other libraries' are; sums are float32.
 
@@ -113,6 +166,23 @@ class CupyChunkedBf16(CupyChunked):
 
     def check(self, problem: Problem) -> Verdict:
         verdict = super().check(problem)
-        if verdict and problem.io_dtype != "bfloat16":
-            return Rejected(RejectCode.DTYPE, f"takes q and k as bfloat16: {problem.io_dtype} would be rounded")
-        return verdict
+        return _bfloat16_alone(problem) if verdict else verdict
+
+
+def _bfloat16_alone(problem: Problem) -> Verdict:
+    if problem.io_dtype != "bfloat16":
+        return Rejected(RejectCode.DTYPE, f"takes q and k as bfloat16: {problem.io_dtype} would be rounded")
+    return Accepted()
+
+
+class CupyCutBf16(CupyCut):
+    """``cupy_cut`` with operands rounded like those of ``cupy_chunked_bf16``."""
+
+    name: ClassVar[str] = "cupy_cut_bf16"
+    priority: ClassVar[int] = 85
+    accuracy: ClassVar[str] = "rounded"
+    pieces: ClassVar[int] = 1
+
+    def check(self, problem: Problem) -> Verdict:
+        verdict = super().check(problem)
+        return _bfloat16_alone(problem) if verdict else verdict

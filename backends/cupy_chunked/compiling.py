@@ -1,4 +1,4 @@
-"""Compiling the two kernels with NVRTC; how a call lies in their arguments."""
+"""Compiling the kernels with NVRTC; how a call lies in their arguments."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ from ..launch.image import Image
 from .arguments import RECORDS_AT, VECTORS, aligned, slots, template
 from .specialization import Specialization
 
-__all__ = ["FOLDER", "KERNELS", "ChunkedCompiler", "block", "grid", "source", "sources", "target"]
+__all__ = ["FOLDER", "ChunkedCompiler", "entry", "grid", "source", "sources", "target"]
 
 FOLDER = Path(__file__).parent / "kernels"
-#: In the order they run in.
-KERNELS = ("prepare", "scan")
-_PREPARE_THREADS = 128
 #: Blocks along the grid's y axis; beyond, they go on along z.
 _GRID_Y = 65535
 
@@ -34,25 +31,27 @@ def sources() -> Sequence[Path]:
 @cache
 def source(kernel: str) -> str:
     """A kernel with the files it includes in their places."""
-    return assembled(FOLDER / f"{kernel}.cu", FOLDER, SHARED)
+    return assembled(FOLDER / f"{entry(kernel)}.cu", FOLDER, SHARED)
+
+
+def entry(kernel: str) -> str:
+    """Its name in its source, and that file's: the scan without outputs is the scan."""
+    return "scan" if kernel == "local" else kernel
 
 
 def grid(kernel: str, specialization: Specialization, call: Call) -> tuple[int, int, int]:
-    """Blocks: of the first kernel per query/key head and chunk, of the second per tile, value head and sequence."""
-    x, rest = (call.h, slots(call)) if kernel == "prepare" else (specialization.tiles * call.hv, call.n)
-    return x, min(rest, _GRID_Y), -(-rest // _GRID_Y)
-
-
-def block(kernel: str, specialization: Specialization) -> tuple[int, int]:
-    """Threads of a block, and bytes of dynamic shared memory."""
+    """Blocks: of the first kernel per query/key head and chunk, else per tile, value head and sequence or segment."""
     if kernel == "prepare":
-        return _PREPARE_THREADS, specialization.prepare_bytes
-    return specialization.scan_threads, specialization.scan_bytes
+        x, rest = call.h, slots(call)
+    else:
+        cut = specialization.cut if kernel in ("local", "scan") else 0
+        x, rest = specialization.tiles(kernel) * call.hv, slots(call, cut) if cut else call.n
+    return x, min(rest, _GRID_Y), -(-rest // _GRID_Y)
 
 
 def target(kernel: str, specialization: Specialization, arch: int) -> str:
     """What a kernel is compiled for: products of four warps are instructions of one architecture alone ("a")."""
-    return f"{arch}a" if specialization.group and kernel == "scan" else str(arch)
+    return f"{arch}a" if specialization.group and entry(kernel) == "scan" else str(arch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,9 @@ class ChunkedCompiler:
         return cached(
             path,
             lambda: Image(
-                cubin(source(self.kernel), f"{self.kernel}.cu", options), self.kernel, *block(self.kernel, special)
+                cubin(source(self.kernel), f"{entry(self.kernel)}.cu", options),
+                entry(self.kernel),
+                *special.block(self.kernel),
             ),
         )
 

@@ -27,16 +27,18 @@ from ..cupy.compiling import NVRTC_OPTIONS
 from ..cupy.resources import reported, resident_warps
 from ..resource_rows import Job, Key, Row, compile_rows, text_of
 from .backend import CupyChunked
-from .compiling import KERNELS, block, source, sources, target
-from .configs import configs, shared_limit
+from .compiling import entry, source, sources, target
+from .configs import configs, cut_configs, shared_limit
 from .specialization import Specialization
 
 __all__ = ["ARCHES", "COLUMNS", "TABLE", "fingerprint", "head", "measure", "problems", "rows"]
 
 ARCHES = (80, 90, 100)
 TABLE = Path(__file__).parent / "resources.json"
-#: Of both kernels: registers per thread, bytes spilled per thread, bytes of shared memory per block, and warps that a
-#: multiprocessor can hold as far as registers and shared memory decide.
+#: The kernels: the last two where sequences are cut.
+KERNELS = ("prepare", "scan", "local", "join")
+#: Of each: registers per thread, bytes spilled per thread, bytes of shared memory per block, and warps that a
+#: multiprocessor can hold as far as registers and shared memory decide. Zeros for kernels that a config has not.
 COLUMNS = tuple(f"{kernel} {what}" for kernel in KERNELS for what in ("registers", "spills", "shared", "warps"))
 
 _PROMPT = CaseSpec("prompt", (70, 3), h=1, hv=2, k=128, v=128, strides="rows")
@@ -65,11 +67,14 @@ def measure(problem: Problem, config: Config) -> Row:
     special = Specialization.of(problem, config, CupyChunked.pieces)
     row: list[int] = []
     for kernel in KERNELS:
+        if kernel not in special.kernels:
+            row += [0, 0, 0, 0]
+            continue
         macros = special.options(kernel, wide=True)
         registers, spills, static = reported(
-            source(kernel), f"{kernel}.cu", macros, target(kernel, special, problem.arch)
+            source(kernel), f"{entry(kernel)}.cu", macros, target(kernel, special, problem.arch)
         )
-        threads, dynamic = block(kernel, special)
+        threads, dynamic = special.block(kernel)
         shared = static + dynamic
         warps = resident_warps(threads, registers, shared, shared_limit(problem.arch) + 1024)
         row += [registers, spills, shared, warps]
@@ -77,10 +82,11 @@ def measure(problem: Problem, config: Config) -> Row:
 
 
 def rows() -> Iterator[tuple[Key, Problem, Config]]:
-    """Every config of every representative problem on every chip."""
+    """Every config of every representative problem on every chip; of those that differ in ``cut`` alone one."""
     for arch in ARCHES:
         for name, problem in problems(arch).items():
-            for config in configs(problem, CupyChunked.pieces):
+            cut = {(c["warps"], c["local"], c["group"]): c for c in reversed(cut_configs(problem, CupyChunked.pieces))}
+            for config in (*configs(problem, CupyChunked.pieces), *cut.values()):
                 yield (name, arch, config.label), problem, config
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...registry.backend import Config
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
-from .arguments import CHUNK, record_bytes
+from .arguments import CHUNK, passing_bytes, record_bytes
 
 __all__ = ["Specialization"]
 
@@ -20,6 +20,8 @@ _NOT_PREPARED: dict[str, int | str] = {
     "CONFIG_WARPS": 1,
     "CONFIG_STAGES": 1,
     "GROUP_PRODUCTS": 0,
+    "SEGMENT_CHUNKS": 0,
+    "LOCAL_PASS": 0,
     "STATE_TYPE": "float",
     "SLOT_INDEX": "int",
     "STATE_VK": 0,
@@ -27,6 +29,10 @@ _NOT_PREPARED: dict[str, int | str] = {
     "WRITES_STATE": 0,
     "WIDE_STATES": 0,
 }
+#: Macros that ``join.cu`` has no use for.
+_NOT_JOINED: dict[str, int | str] = {"CONFIG_WARPS": 1, "CONFIG_STAGES": 1, "GROUP_PRODUCTS": 0}
+#: Threads of ``prepare``; columns of V of a block of ``join``, and threads per key there.
+_PREPARE_THREADS, _JOIN_COLUMNS, _JOIN_PARTS = 128, 8, 4
 #: Beside the tiles of the first kernel: gates of two heads, norms and factors; and what the triangular solve needs.
 _SMALL_BYTES = (2 * 9 + 2) * CHUNK * 4
 _DIAGONAL_BYTES, _SOLVED_BYTES = 4 * 16 * 20 * 4, 2 * 6 * 512
@@ -38,7 +44,8 @@ class Specialization:
 
     Attributes:
         k, v: head dimensions; sharing: value heads per query/key head.
-        warps, stages, group: the config (see ``configs.py``); pieces: bfloat16 that stand for one float32 in products.
+        warps, stages, group, cut, local: the config (see ``configs.py``); pieces: bfloat16 that stand for one float32
+            in products.
         io, state: C++ types of q, k, v and out, and of the pool.
         a, b, A_log, bias, slot, cu: of the gate inputs and of the indices.
         vk: state layout; norm: q and k are normalised; varlen: packed by offsets.
@@ -51,6 +58,8 @@ class Specialization:
     warps: int
     stages: int
     group: bool
+    cut: int
+    local: int
     pieces: int
     io: str
     state: str
@@ -71,6 +80,10 @@ class Specialization:
         """The kernels that ``config`` means for ``problem``. Raises ValueError for chunks of another length."""
         if config["chunk"] != CHUNK:
             raise ValueError(f"chunk: {CHUNK}, not {config['chunk']}")
+        more = config.to_dict()
+        cut = int(more.get("cut", 0))
+        if cut % CHUNK:
+            raise ValueError(f"cut: a multiple of {CHUNK} tokens, not {cut}")
         return cls(
             k=problem.k,
             v=problem.v,
@@ -78,6 +91,8 @@ class Specialization:
             warps=int(config["warps"]),
             stages=int(config["stages"]),
             group=bool(config["group"]),
+            cut=cut,
+            local=int(more.get("local", 0)),
             pieces=pieces,
             io=_TYPES[problem.io_dtype],
             state=_TYPES[problem.state_dtype],
@@ -100,14 +115,19 @@ class Specialization:
         return -(-self.k // 16) * 16
 
     @property
-    def tiles(self) -> int:
-        """Blocks of the scan per (sequence, value head)."""
-        return -(-self.v // (16 * self.warps))
+    def kernels(self) -> tuple[str, ...]:
+        """In the order they run in. ``local`` and ``scan`` are one source."""
+        return ("prepare", "local", "join", "scan") if self.cut else ("prepare", "scan")
 
-    @property
-    def scan_threads(self) -> int:
-        """Threads of a block of the scan: with products of four warps, four more that bring what they work on."""
-        return 32 * self.warps + (128 if self.group else 0)
+    def tiles(self, kernel: str) -> int:
+        """Blocks per value head and sequence, segment or chunk."""
+        if kernel == "join":
+            return -(-self.v // _JOIN_COLUMNS)
+        columns = 16 * self._warps(kernel)
+        return -(-self.v // columns) + (-(-self.k // columns) if kernel == "local" else 0)
+
+    def _warps(self, kernel: str) -> int:
+        return self.local if kernel == "local" else self.warps
 
     @property
     def prepare_bytes(self) -> int:
@@ -122,6 +142,22 @@ class Specialization:
         tiles = 2 * _tile_bytes(self.keys) + _tile_bytes(16 * self.warps)
         return self.stages * (-(-record_bytes(self.pieces) // 1024) * 1024 + _IO_PIECES[self.io] * tiles)
 
+    @property
+    def local_bytes(self) -> int:
+        """The same where no outputs are formed: no queries, and half of the record."""
+        tiles = _tile_bytes(self.keys) + _tile_bytes(16 * self.local)
+        return self.stages * (-(-passing_bytes(self.pieces) // 1024) * 1024 + _IO_PIECES[self.io] * tiles)
+
+    def block(self, kernel: str) -> tuple[int, int]:
+        """Threads of a kernel's blocks, and bytes of their dynamic shared memory."""
+        if kernel == "prepare":
+            return _PREPARE_THREADS, self.prepare_bytes
+        if kernel == "join":
+            return self.keys * _JOIN_PARTS, 0
+        # With products of four warps, four more bring what they work on.
+        threads = 32 * self._warps(kernel) + (128 if self.group else 0)
+        return threads, self.local_bytes if kernel == "local" else self.scan_bytes
+
     def options(self, kernel: str, wide: bool) -> tuple[str, ...]:
         """Compiler options that name what a kernel has of this specialisation, in a fixed order.
 
@@ -131,9 +167,11 @@ class Specialization:
             "KEY_DIM": self.k,
             "VALUE_DIM": self.v,
             "HEAD_GROUP": self.sharing,
-            "CONFIG_WARPS": self.warps,
+            "CONFIG_WARPS": self._warps(kernel),
             "CONFIG_STAGES": self.stages,
             "GROUP_PRODUCTS": int(self.group),
+            "SEGMENT_CHUNKS": self.cut // CHUNK,
+            "LOCAL_PASS": int(kernel == "local"),
             "OPERAND_PIECES": self.pieces,
             "IO_TYPE": self.io,
             "STATE_TYPE": self.state,
@@ -153,6 +191,8 @@ class Specialization:
         }
         if kernel == "prepare":
             values |= _NOT_PREPARED
+        elif kernel == "join":
+            values |= _NOT_JOINED
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ...registry.ops.fused_sigmoid_gating.call import Call
 from .image import Image
+
+if TYPE_CHECKING:
+    from ...registry.ops.fused_sigmoid_gating.call import Call
 
 __all__ = ["Compiler", "Layout", "Variant"]
 

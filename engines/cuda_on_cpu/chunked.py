@@ -1,4 +1,4 @@
-"""ChunkedEngineBackend: the chunked CUDA C++ backend on CPU tensors, both kernels run by the engine."""
+"""The chunked CUDA C++ backends on CPU tensors, their kernels run by the engine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ...backends.cupy.arguments import filled
-from ...backends.cupy_chunked.arguments import RECORDS_AT, VECTORS, aligned, records, template
-from ...backends.cupy_chunked.backend import CupyChunked, CupyChunkedBf16
-from ...backends.cupy_chunked.compiling import KERNELS, block, grid, source
+from ...backends.cupy_chunked.arguments import RECORDS_AT, VECTORS, aligned, template, workspace
+from ...backends.cupy_chunked.backend import CupyChunked, CupyChunkedBf16, CupyCut, CupyCutBf16
+from ...backends.cupy_chunked.compiling import entry, grid, source
 from ...backends.cupy_chunked.specialization import Specialization
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import RejectCode, Rejected, Verdict
@@ -24,7 +24,16 @@ from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .engine import CudaOnCpu, watch_also
 from .raw_kernel import CpuRawKernel
 
-__all__ = ["CupyChunkedBf16OnCpu", "CupyChunkedOnCpu", "load", "load_bf16"]
+__all__ = [
+    "CupyChunkedBf16OnCpu",
+    "CupyChunkedOnCpu",
+    "CupyCutBf16OnCpu",
+    "CupyCutOnCpu",
+    "load",
+    "load_bf16",
+    "load_cut",
+    "load_cut_bf16",
+]
 
 
 def load() -> tuple[Backend, CudaOnCpu]:
@@ -35,6 +44,16 @@ def load() -> tuple[Backend, CudaOnCpu]:
 def load_bf16() -> tuple[Backend, CudaOnCpu]:
     """The same with operands rounded."""
     return CupyChunkedBf16OnCpu(), CudaOnCpu()
+
+
+def load_cut() -> tuple[Backend, CudaOnCpu]:
+    """The one that cuts sequences into segments."""
+    return CupyCutOnCpu(), CudaOnCpu()
+
+
+def load_cut_bf16() -> tuple[Backend, CudaOnCpu]:
+    """The same with operands rounded."""
+    return CupyCutBf16OnCpu(), CudaOnCpu()
 
 
 class _OnCpu(CupyChunked):
@@ -68,9 +87,17 @@ class CupyChunkedBf16OnCpu(_OnCpu, CupyChunkedBf16):
     """``cupy_chunked_bf16`` on the CPU."""
 
 
+class CupyCutOnCpu(_OnCpu, CupyCut):
+    """``cupy_cut`` on the CPU."""
+
+
+class CupyCutBf16OnCpu(_OnCpu, CupyCutBf16):
+    """``cupy_cut_bf16`` on the CPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Launches:
-    """The two launches of a call, with a GPU's arguments and grids. The workspace begins as NaN."""
+    """The launches of a call, with a GPU's arguments and grids. The workspace begins as NaN."""
 
     specialization: Specialization
 
@@ -82,21 +109,21 @@ class _Launches:
         if call.n == 0 or call.q.shape[1] == 0:
             return out
         special = self.specialization
-        workspace = torch.full((records(call, special.pieces),), 0xFF, dtype=torch.uint8)
+        memory = torch.full((workspace(call, special.pieces, special.cut),), 0xFF, dtype=torch.uint8)
         words = filled(call, *template(call))
-        struct.pack_into("=q", words, RECORDS_AT, workspace.data_ptr())
+        struct.pack_into("=q", words, RECORDS_AT, memory.data_ptr())
         argument = np.frombuffer(words, np.dtype((np.void, len(words))))
         wide = aligned(call) and all(t is None or t.data_ptr() % 16 == 0 for t in (getattr(call, v) for v in VECTORS))
-        with watch_also("workspace", workspace):
-            for kernel in KERNELS:
-                threads, shared = block(kernel, special)
+        with watch_also("workspace", memory):
+            for kernel in special.kernels:
+                threads, shared = special.block(kernel)
                 _kernel(kernel, special, wide)(grid(kernel, special, call), (threads, 1, 1), (argument,), shared)
         return out
 
 
 @cache
 def _kernel(name: str, specialization: Specialization, wide: bool) -> CpuRawKernel:
-    return CpuRawKernel(source(name), name, specialization.options(name, wide))
+    return CpuRawKernel(source(name), entry(name), specialization.options(name, wide))
 
 
 def _on_gpu(problem: Problem) -> Problem:

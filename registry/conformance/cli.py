@@ -1,30 +1,28 @@
-"""What ``isokern verify`` does: the suite over some backends, with progress, a table and a JSON report."""
+"""What ``isokern verify`` does: the suite over some backends, said as it goes on, then a table and a JSON report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ...engines import EngineInfo, MissingEngineError, engine_for
+from ...autotune.compiling import processors
 from ...engines.session import EngineSession
-from ...errors import ArgumentValueError, IsokernError, UnknownNameError
+from ...errors import UnknownNameError
 from .. import backends as registered
 from .. import spec as spec_of
-from ..backend import Backend, Config
-from ..plugins import missing_modules
-from .check import Finding, Tier
+from .check import Check, Finding, Tier
+from .parallel import Examined, Parallel, sensible_jobs
+from .places import DEVICES, choose_places, configs_at, devices_named
+from .process import DeviceProcess
 from .report import Report, table
 from .runner import belongs_elsewhere, run_checks
+from .telling import Telling, telling_on
 
 __all__ = ["DEVICES", "verify_backends"]
-
-#: What ``--device`` may name: ``auto`` is the GPU where there is one.
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def verify_backends(
@@ -37,36 +35,38 @@ def verify_backends(
     report: Path | None,
     out: Console,
     device: str = "auto",
+    jobs: int | None = 1,
+    imports: Sequence[str] = (),
 ) -> bool:
     """Judge backends and print the outcome; True if every one conforms.
 
     A GPU backend runs on the GPU, or, on a machine without one and with ``device="cpu"``, in its CPU engine. With
     ``device="auto"`` what no GPU can check (every address, every schedule) is checked in the engine, so that the table
-    has the same rows everywhere.
+    has the same rows everywhere. Where ``out`` is no terminal, each check that has ended is a line.
+
+    Args:
+        jobs: processes that examine, each a check at a time; None: as many as are worth it here. With 1 devices are
+            used by this process; with more, it makes no context on any.
+        imports: what those processes import to know backends that are neither built in nor plugins.
 
     Raises:
         UnknownNameError: an unknown backend or check.
         ArgumentValueError: a device that is not here, or that a named backend does not run on.
         MissingEngineError: a backend to be verified in its CPU engine, which lacks something.
-        IsokernError: a named backend whose framework is not installed.
+        IsokernError: a named backend whose framework is not installed; a process that does not start.
     """
     tier = Tier.FULL if full else Tier.FAST
-    known = {c.id for c in spec_of(op).checks()}
+    known = {c.id: c for c in spec_of(op).checks()}
     for name in checks or ():
         if name not in known:
             raise UnknownNameError("check", name, known)
-    reports: list[Report] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True) as progress:
-        for place in _places(op, names, device, out):
-            for config in _configs(place, every_config):
-                task = progress.add_task(place.backend.name, total=None)
-
-                def advance(finding: Finding, task: object = task, name: str = place.backend.name) -> None:
-                    progress.update(task, advance=1, description=f"{name} {finding.check}")  # type: ignore[arg-type]
-
-                reports.append(_run(op, place, config, checks, tier, advance))
-                progress.remove_task(task)
+    if jobs is None:
+        jobs = sensible_jobs(len(names or registered(op)) * len(checks or known))
+    if jobs == 1:
+        reports = _here(op, names, checks, tier, every_config, device, out)
+    else:
+        wanted = {name: check for name, check in known.items() if checks is None or name in checks}
+        reports = _apart(op, names, wanted, tier, every_config, device, out, jobs, imports)
     out.print(table(reports))
     for r in reports:
         for check, reason in r.excused.items():
@@ -80,106 +80,95 @@ def verify_backends(
     return bool(reports) and all(r.ok for r in reports)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A backend, and what it is to run on: a device, or an engine on the CPU.
-
-    Attributes: ``beside``, the engine for what the device cannot check.
-    """
-
-    backend: Backend
-    device: str
-    engine: EngineInfo | None = None
-    beside: EngineInfo | None = None
-
-
-def _places(op: str, names: Sequence[str] | None, device: str, out: Console) -> list[_Place]:
-    """Where each backend runs. Of those not named, what cannot run here is listed as not verified."""
-    known = registered(op)
-    for name in names or ():
-        if name not in known:
-            raise UnknownNameError("backend", name, known)
-    devices = _devices(device)
-    chosen: list[_Place] = []
-    for name in names or known:
-        try:
-            place = _place(op, known[name], devices, named=bool(names))
-        except MissingEngineError:
-            raise  # installed, so asked for; never passed over
-        except IsokernError as error:
-            if names:
-                raise
-            out.print(f"{name}: not verified: {error}", markup=False, highlight=False)
-        else:
-            chosen.append(place)
-    return chosen
+def _here(
+    op: str,
+    names: Sequence[str] | None,
+    checks: Sequence[str] | None,
+    tier: Tier,
+    every_config: bool,
+    device: str,
+    out: Console,
+) -> list[Report]:
+    """All in this process, but what needs an engine."""
+    reports = []
+    within, telling = telling_on(out)
+    with within:
+        for place in choose_places(op, names, devices_named(device), belongs_elsewhere, _say_on(out)):
+            for config in configs_at(place, every_config):
+                subject = Examined(place, config)
+                with _Grouped(subject.label, telling) as note:
+                    reports.append(_run(op, subject, checks, tier, note))
+    return reports
 
 
-def _devices(device: str) -> tuple[str, ...]:
-    """The devices to try a backend on, the first that it runs on counts."""
-    if device not in DEVICES:
-        raise ArgumentValueError("--device", " or ".join(DEVICES), repr(device))
-    if device == "cpu":
-        return ("cpu",)
-    import torch
+def _apart(
+    op: str,
+    names: Sequence[str] | None,
+    checks: Mapping[str, Check],
+    tier: Tier,
+    every_config: bool,
+    device: str,
+    out: Console,
+    jobs: int,
+    imports: Sequence[str],
+) -> list[Report]:
+    """In processes: this one asks them even where backends belong."""
 
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ArgumentValueError("--device", "a machine with a CUDA device for 'cuda'", "none found")
-    return ("cuda",) if device == "cuda" else ("cuda", "cpu") if available else ("cpu",)
+    def process() -> DeviceProcess:
+        return DeviceProcess(max(1, processors() // jobs), imports)
 
-
-def _place(op: str, backend: Backend, devices: Sequence[str], named: bool) -> _Place:
-    missing = missing_modules(backend)
-    engine = engine_for(backend) if "cuda" not in devices else None
-    if engine is not None and (named or not missing):
-        engine.require()
-        return _Place(backend, "cpu", engine)
-    if missing:
-        raise IsokernError(f"backend {backend.name!r} needs {', '.join(missing)}: {_advice(backend)}")
-    reasons = []
-    for device in devices:
-        reason = belongs_elsewhere(op, backend, device)
-        if reason is None:
-            beside = engine_for(backend) if device == "cuda" and "cpu" in devices else None
-            return _Place(backend, device, beside=None if beside is None or beside.missing() else beside)
-        reasons.append(reason)
-    raise ArgumentValueError("--device", f"one that {backend.name!r} runs on", devices[0], "; ".join(reasons))
+    within, telling = telling_on(out)
+    with process() as first, within:
+        places = choose_places(op, names, devices_named(device), first.elsewhere, _say_on(out))
+        subjects = [Examined(place, config) for place in places for config in configs_at(place, every_config)]
+        return Parallel(op, subjects, checks, tier, jobs, telling, process, [first]).run()
 
 
-def _advice(backend: Backend) -> str:
-    extras = {"triton": "triton", "cupy": "cupy-cuda13x", "numba_cuda": "numba-cuda", "numba": "numba"}
-    known = [extras[module] for module in backend.requires if module in extras]
-    return f"pip install 'isokern[{','.join(known)}]'" if known else "install what its distribution asks for"
+def _say_on(out: Console) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        out.print(line, markup=False, highlight=False)
+
+    return say
+
+
+class _Grouped:
+    """Hands findings on as they come, and together when the next check's begin."""
+
+    def __init__(self, subject: str, telling: Telling) -> None:
+        self._subject = subject
+        self._telling = telling
+        self._open: list[Finding] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._open:
+            self._telling.ended(self._subject, self._open)
+        self._telling.finished(self._subject)
+
+    def __call__(self, finding: Finding) -> None:
+        if self._open and self._open[0].check != finding.check:
+            self._telling.ended(self._subject, self._open)
+            self._open = []
+        self._open.append(finding)
+        self._telling.found(self._subject, finding)
 
 
 def _run(
     op: str,
-    place: _Place,
-    config: Config | None,
+    subject: Examined,
     checks: Sequence[str] | None,
     tier: Tier,
-    advance: Callable[[Finding], None],
+    note: Callable[[Finding], None],
 ) -> Report:
+    place, config = subject.place, subject.config
     if place.engine is None:
-        report = run_checks(op, place.backend, config, checks, tier, advance, device=place.device)
+        report = run_checks(op, place.backend, config, checks, tier, note, device=place.device)
         left = [skipped.check for skipped in report.skipped]
         if place.beside is None or not left:
             return report
         with EngineSession(place.backend.name) as session:
-            return report.joined(session.run_checks(left, tier, config, advance))
+            return report.joined(session.run_checks(left, tier, config, note))
     with EngineSession(place.backend.name) as session:
-        return session.run_checks(checks, tier, config, advance)
-
-
-def _configs(place: _Place, every: bool) -> Sequence[Config | None]:
-    """None stands for each problem's default. The whole space is asked for a middling problem of the op."""
-    if not every:
-        return (None,)
-    from ..ops.fused_sigmoid_gating.case import CaseSpec
-    from ..ops.fused_sigmoid_gating.describe import describe
-
-    # Configs depend on the kind of device; an engine presents its tensors as an sm_90's.
-    on_gpu = place.engine is not None or place.device == "cuda"
-    middling = CaseSpec("space", (33, 0, 20, 1))
-    return tuple(place.backend.configs(describe(middling, "cuda", 90) if on_gpu else describe(middling, "cpu")))
+        return session.run_checks(checks, tier, config, note)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..backend import Backend, Config, RoundedChunk
+from ..backend import Backend, Chunked, Config
 from ..decision import RejectCode
 from .check import BackendRaised, Declined, PredicateFault, Violation
 from .kept import Kept
@@ -50,7 +50,7 @@ class GateTrial(Protocol):
 
     call: Any
 
-    def truth(self, chunk: int | RoundedChunk | None, max_token_heads: int, seed: int) -> Any:
+    def truth(self, chunk: int | Chunked | None, max_token_heads: int, seed: int) -> Any:
         """The reference of the call, before it runs, within the budget; bounds for chunked forms if ``chunk``."""
 
     def begin(self) -> None:

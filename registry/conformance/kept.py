@@ -36,11 +36,12 @@ class _Sealed:
 class Kept:
     """Things by key, in so many bytes at most; what does not fit is made for each use.
 
-    Attributes: ``made``, how often something was made; ``broken``, how often because its seal was.
+    Attributes: ``made``, how often something was made; ``broken``, how often because its seal was; ``bytes``, held.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._left = max_bytes
+        self.bytes = 0
         self._things: dict[Hashable, _Sealed] = {}
         self.made = 0
         self.broken = 0
@@ -53,12 +54,14 @@ class Kept:
                 return sealed.thing
             self.broken += 1
             self._left += sealed.bytes
+            self.bytes -= sealed.bytes
             del self._things[key]
         thing = make()
         self.made += 1
         size = sum(t.numel() * t.element_size() for t in thing.lasting())
         if size <= self._left:
             self._left -= size
+            self.bytes += size
             self._things[key] = _Sealed(thing, _seal(thing), size)
         return thing
 

@@ -12,7 +12,10 @@ from .check import Finding, Status
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Skipped", "Summary", "table"]
+__all__ = ["EXCEPTIONS", "Report", "Skipped", "Summary", "table"]
+
+#: The case of findings against a backend's exceptions file.
+EXCEPTIONS = "exceptions"
 
 #: Worst first: what a summary shows of a mixture.
 _ORDER = (Status.ERROR, Status.FAIL, Status.PASS, Status.DECLINED)
@@ -86,6 +89,28 @@ class Report:
             titles=self.titles | rest.titles,
             excused=self.excused | rest.excused,
             place=f"{self.place}, {rest.place}",
+        )
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Report]) -> Report:
+        """Of one subject, from reports of a check or more each, in the order of the checks.
+
+        What is wrong with its exceptions is found by each, and kept once. A part whose process died may not know the
+        place's name; others do.
+        """
+        findings: dict[tuple[object, ...], Finding] = {}
+        for number, part in enumerate(parts):
+            for place, finding in enumerate(part.findings):
+                alike = finding.case == EXCEPTIONS
+                key = (finding.check, finding.message) if alike else (number, place)
+                findings.setdefault(key, finding)
+        return replace(
+            parts[0],
+            findings=tuple(findings.values()),
+            skipped=tuple(skipped for part in parts for skipped in part.skipped),
+            titles={check: title for part in parts for check, title in part.titles.items()},
+            excused={check: reason for part in parts for check, reason in part.excused.items()},
+            place=next((part.place for part in parts if part.place), ""),
         )
 
     @property

@@ -13,10 +13,10 @@ from ..plugins import checked
 from ..spec import OpSpec
 from .check import Check, Finding, Status, Tier
 from .exceptions import Exceptions, load_exceptions
-from .report import Report, Skipped
+from .report import EXCEPTIONS, Report, Skipped
 from .subject import Engine, Subject
 
-__all__ = ["belongs_elsewhere", "run_checks"]
+__all__ = ["belongs_elsewhere", "peers_on", "run_checks"]
 
 
 def run_checks(
@@ -64,7 +64,7 @@ def run_checks(
         config,
         device=device,
         exceptions=granted,
-        peers=_peers(spec, device) if peers is None else peers,
+        peers=peers_on(spec, device) if peers is None else peers,
         engine=engine,
     )
     skipped: list[Skipped] = []
@@ -118,13 +118,15 @@ def _spec(op: str | OpSpec) -> OpSpec:
     return spec(op)
 
 
-def _peers(spec: OpSpec, device: torch.device) -> Sequence[Backend]:
+def peers_on(op: str | OpSpec, device: torch.device | str) -> tuple[Backend, ...]:
+    """The registered backends of the op that run on ``device``."""
     from .. import backends
 
+    spec = _spec(op)
     return tuple(b for b in backends(spec.name).values() if not _elsewhere(spec, b, device))
 
 
-def _elsewhere(spec: OpSpec, backend: Backend, device: torch.device) -> bool:
+def _elsewhere(spec: OpSpec, backend: Backend, device: torch.device | str) -> bool:
     try:
         return belongs_elsewhere(spec, backend, device) is not None
     except PredicateError:
@@ -163,9 +165,9 @@ def _impossible_exceptions(subject: Subject, checks: dict[str, Check]) -> Iterat
     for entry in subject.exceptions.entries.values():
         if entry.check not in checks:
             message = f"exception for an unknown check ({subject.exceptions.source})"
-            yield Finding(entry.check, "exceptions", Status.ERROR, message)
+            yield Finding(entry.check, EXCEPTIONS, Status.ERROR, message)
         elif not entry.declares_decline and not checks[entry.check].relaxable:
-            yield Finding(entry.check, "exceptions", Status.ERROR, "this check cannot be relaxed")
+            yield Finding(entry.check, EXCEPTIONS, Status.ERROR, "this check cannot be relaxed")
         elif not entry.declares_decline and not subject.may_relax(checks[entry.check]):
             message = f"the backend's tag {checks[entry.check].promise!r} promises these bits: no exception possible"
-            yield Finding(entry.check, "exceptions", Status.ERROR, message)
+            yield Finding(entry.check, EXCEPTIONS, Status.ERROR, message)

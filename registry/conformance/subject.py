@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..backend import Backend, Config, RoundedChunk, Runner, works_in_chunks
+from ..backend import Backend, Chunked, Config, Runner, works_in_chunks
 from ..decision import Accepted, RejectCode, Rejected, Verdict
 from .check import BackendRaised, Check, Declined, Needs, PredicateFault, Violation
 from .exceptions import NO_EXCEPTIONS, Exceptions
@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Thread schedules by name; results must not depend on them."""
 
 
-def chunk_of(backend: Backend, config: Config) -> int | RoundedChunk | None:
+def chunk_of(backend: Backend, config: Config) -> int | Chunked | None:
     """What the op's reference is given as ``chunk`` for results of a backend and config.
 
     Raises:
@@ -51,7 +51,8 @@ def chunk_of(backend: Backend, config: Config) -> int | RoundedChunk | None:
     except KeyError:
         words = f"accuracy {backend.accuracy!r} needs a chunk, config [{config.label}] has none"
         raise PredicateFault(words) from None
-    return RoundedChunk(tokens) if backend.accuracy == "rounded" else tokens
+    rounded, cut = backend.accuracy == "rounded", int(config["cut"]) if getattr(backend, "cuts", False) else 0
+    return Chunked(tokens, rounded, cut) if rounded or cut else tokens
 
 
 class Subject:
@@ -166,7 +167,7 @@ class Subject:
             raise Declined(Rejected(RejectCode.POLICY, f"config [{self.config.label}] is not offered for this problem"))
         return self.config
 
-    def chunk(self, call: CanonicalCall) -> int | RoundedChunk | None:
+    def chunk(self, call: CanonicalCall) -> int | Chunked | None:
         """Chunk length of the error bound: the config's for backends that work in chunks, else None."""
         if not works_in_chunks(self.backend):
             return None

@@ -39,6 +39,8 @@ LAUNCHES = {
     "cupy": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "cupy_chunked": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "cupy_chunked_bf16": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
+    "cupy_cut": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
+    "cupy_cut_bf16": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "triton": "isokern.engines.triton_interpreter.execution.Executor._launch",
     "numba_cuda": "isokern.engines.numba_simulator.engine.NumbaSimulator.launch",
 }

@@ -38,6 +38,7 @@ CASES = {
     "chunks": BASE.but(lengths=(3, 70, 0, 130), k=24, padded=(3,)),
     "ring": BASE.but(lengths=(330,), k=24, padded=()),
     "memory": BASE.but(lengths=(70,), k=24, padded=(), distribution="long_memory"),
+    "segments": BASE.but(lengths=(200, 0, 70), k=24, padded=(), distribution="long_memory"),
     "extreme": EQUAL_KEYS.but(lengths=(70,), h=2, hv=2, k=16, v=8, distribution="extreme"),
     "five heads": BASE.but(lengths=(3,), hv=5, padded=()),
     "wide": BASE.but(lengths=(3, 40), k=72, padded=()),

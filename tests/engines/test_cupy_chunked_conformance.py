@@ -1,8 +1,9 @@
-"""The conformance suite over the chunked CUDA C++ backend, compiled for and executed on a CPU, one check at a time."""
+"""The conformance suite over the chunked CUDA C++ backends, compiled for and executed on a CPU, a check at a time."""
 
 import pytest
 
 
 @pytest.mark.engine("cuda_on_cpu")
-def test_conforms(conforms, engine_check):
-    conforms("cupy_chunked", engine_check)
+@pytest.mark.parametrize("backend", ["cupy_chunked", "cupy_cut", "cupy_cut_bf16"])
+def test_conforms(conforms, engine_check, backend):
+    conforms(backend, engine_check)

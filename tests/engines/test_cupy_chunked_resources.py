@@ -5,10 +5,10 @@ import json
 import pytest
 
 from isokern.backends.cupy_chunked import resources
-from isokern.backends.cupy_chunked.arguments import record_bytes
+from isokern.backends.cupy_chunked.arguments import crossing_bytes, passing_bytes, record_bytes
 from isokern.backends.cupy_chunked.backend import CupyChunked
 from isokern.backends.cupy_chunked.configs import configs, shared_limit
-from isokern.backends.cupy_chunked.resources import ARCHES, COLUMNS, TABLE
+from isokern.backends.cupy_chunked.resources import ARCHES, COLUMNS, KERNELS, TABLE
 from isokern.backends.resource_rows import rows_of
 
 pytestmark = pytest.mark.engine("cuda_on_cpu")
@@ -29,7 +29,7 @@ def test_the_table_covers_every_config_on_every_architecture():
 
 def test_everything_fits_its_chip():
     for (name, arch, label), row in ROWS.items():
-        for kernel in ("prepare", "scan"):
+        for kernel in KERNELS if "cut" in label else KERNELS[:2]:
             assert row[f"{kernel} shared"] <= shared_limit(arch), (name, arch, label)
             assert row[f"{kernel} warps"] >= 2, (name, arch, label)
 
@@ -60,3 +60,5 @@ def test_a_record_is_as_large_as_the_kernels_take_it_to_be():
     for pieces in (1, 2, 3):
         assert record_bytes(pieces) == pieces * 2 * 12 * 32 * 16 + 3 * 64 * 4 + 16
         assert record_bytes(pieces) % 16 == 0
+        assert passing_bytes(pieces) % 16 == 0
+    assert crossing_bytes(20, 24) == (20 + 24) * 32 * 4

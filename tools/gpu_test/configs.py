@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...registry.backend import Backend, Config
+from ...registry.backend import Backend, Config, Scalar
 from ...registry.decision import Rejected
 from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from .calls import Written, bind, call_of, exact, same_bits, wait, written, wrong
@@ -10,8 +10,11 @@ from .task import Outcome, Result
 
 __all__ = ["EQUAL_BITS", "compile_config", "examine_configs"]
 
-#: Backends whose config space says that no choice changes a bit of the result. Others have to be within the bound.
-EQUAL_BITS = frozenset({"cupy", "cupy_chunked", "cupy_chunked_bf16", "numba_cuda", "triton"})
+#: Backends whose config space says that no choice changes a bit of the result, but for where sequences are cut. Others
+#: have to be within the bound.
+EQUAL_BITS = frozenset(
+    {"cupy", "cupy_chunked", "cupy_chunked_bf16", "cupy_cut", "cupy_cut_bf16", "numba_cuda", "triton"}
+)
 
 
 def compile_config(backend: Backend, spec: CaseSpec, config: Config) -> Result:
@@ -29,20 +32,20 @@ def examine_configs(backend: Backend, spec: CaseSpec) -> Result:
     if isinstance(verdict, Rejected):
         return Result(Outcome.SKIPPED, note=verdict.reason)
     configs, promised = backend.configs(problem), backend.name in EQUAL_BITS
-    ref = exact(spec, backend, configs[0])
-    good: list[Written] = []
+    good: dict[Scalar, list[Written]] = {}
     faults: list[str] = []
     for config in configs:
         call = call_of(spec)
         bind(backend, call, config)(call)
         wait(call)
-        bits = written(call)
-        if any(same_bits(bits, known) for known in good):
+        bits, cut = written(call), config.to_dict().get("cut", 0)
+        alike = good.setdefault(cut, [])
+        if any(same_bits(bits, known) for known in alike):
             continue
-        if good and promised:
-            faults.append(f"[{config.label}]: other bits than [{configs[0].label}]")
-        found = wrong(call, ref)
+        if alike and promised:
+            faults.append(f"[{config.label}]: other bits than the first config with this cut")
+        found = wrong(call, exact(spec, backend, config))
         faults += [f"[{config.label}]: {fault}" for fault in found]
         if not found:
-            good.append(bits)
+            alike.append(bits)
     return Result.of(faults, f"{len(configs)} configs")

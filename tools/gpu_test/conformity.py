@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...registry.backend import RoundedChunk
+from ...registry.backend import Chunked
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.judge import Judgement, judge
 from ...registry.ops.fused_sigmoid_gating.reference import Reference, reference
@@ -79,11 +79,11 @@ class Truth:
         self._call = call
         self._sample = Sample.of(call, length)
         self._sampled = self._sample.call(call, length)
-        self._references: dict[int | RoundedChunk | None, Reference] = {}
+        self._references: dict[int | Chunked | None, Reference] = {}
         self._start = self._states().clone()
         self._judged: list[tuple[torch.Tensor, torch.Tensor, Judgement]] = []
 
-    def _exact(self, chunk: int | RoundedChunk | None) -> Reference:
+    def _exact(self, chunk: int | Chunked | None) -> Reference:
         if chunk not in self._references:
             self._references[chunk] = reference(self._sampled, chunk=chunk)
         return self._references[chunk]
@@ -104,7 +104,7 @@ class Truth:
         """Another backend comes: its bits may well be others."""
         self._judged.clear()
 
-    def judge(self, out: torch.Tensor, chunk: int | RoundedChunk | None = None) -> tuple[Judgement, bool]:
+    def judge(self, out: torch.Tensor, chunk: int | Chunked | None = None) -> tuple[Judgement, bool]:
         """Of what a launch on ``prepare()`` left; and whether its bits are others than those of launches before.
 
         ``chunk``: what the error bound is made for.

@@ -10,6 +10,8 @@ struct Shape {
   static constexpr int PIECES = OPERAND_PIECES;     // bfloat16 that stand for one float in products
   static constexpr int TILE = 16 * WARPS, TILES = (V + TILE - 1) / TILE;  // columns of V per block of `scan`
   static constexpr bool GROUP = GROUP_PRODUCTS;     // four warps multiply together (wgmma)
+  static constexpr int SPAN = CHUNK * SEGMENT_CHUNKS;  // tokens of a segment; 0: sequences are not cut
+  static constexpr bool LOCAL = LOCAL_PASS;         // what a segment does to any state, instead of what it makes of one
   static constexpr bool BOUNDED = false, NORM = L2_NORM, VARLEN = IS_VARLEN, WIDE = WIDE_ROWS;
   static constexpr bool VK = STATE_VK, WIDE_STATE = WIDE_STATES, READ = READS_STATE, WRITE = WRITES_STATE;
 };
@@ -67,14 +69,25 @@ struct Triangle {
 __device__ __forceinline__ constexpr int block_of(int i, int j) { return j < 2 ? 4 * j + i : 2 * j + 2 + i; }
 __device__ __forceinline__ constexpr bool is_zeros(int block) { return block == 4 || block == 10; }
 
-// Of one chunk and value head. With G the sum of the log decays from the chunk's start, D(t, s) = G(t) - G(s):
-struct Record {
+// Of one chunk and value head. With G the sum of the log decays from the chunk's start, D(t, s) = G(t) - G(s), what
+// moves a state on:
+struct Passing {
   Triangle solve;            // (I + A)^-1 diag(beta), A(t, s) = beta_t exp(D) k_t.k_s for s < t
-  Triangle attend;           // exp(D) q_t.k_s for s <= t, q scaled
   float key_scale[CHUNK];    // exp(G_t) / |k_t|: of a product of k_t with the state that the chunk starts from
-  float query_scale[CHUNK];  // the same of q_t
   float keep_scale[CHUNK];   // exp(G_end - G_t) / |k_t|: what is left of token t when the chunk ends
   float total, unused[3];    // exp(G_end)
+};
+// And what outputs need.
+struct Record : Passing {
+  float query_scale[CHUNK];  // exp(G_t) / |q_t|, scaled
+  Triangle attend;           // exp(D) q_t.k_s for s <= t, q scaled
+};
+
+// Of a segment and value head, by columns: the state that it starts from, and, of all but a sequence's last segment, what
+// becomes of the unit vectors of a state without values: S -> passage^T S + what it makes of no state.
+struct Crossing {
+  float start[Shape::V][Shape::KEYS];
+  float passage[Shape::K][Shape::KEYS];
 };
 
 struct Addresses {
@@ -83,7 +96,7 @@ struct Addresses {
   const void *A_log, *dt_bias;
   void* pool;
   const void *cu_seqlens, *read, *write;
-  Record* records;  // [slots, HV]
+  Record* records;  // [slots, HV]; behind them crossings, [slots of segments, HV]
 };
 struct Tokens {  // strides of [B, T, heads, dim], or of [B, T, heads] with element = 0
   int64 batch, time, head, element;
@@ -96,7 +109,7 @@ struct Arguments {
   Tokens q, k, v, a, b, out;
   int64 A_log, dt_bias;  // strides
   States pool;
-  int64 n, length, heads;  // sequences; tokens per batch row; value heads
+  int64 n, length, heads, chunks;  // sequences; tokens per batch row; value heads; slots of chunks
   float scale, softplus_beta, softplus_threshold, lower_bound, beta_factor, softplus_unit;  // unit: 1 / softplus_beta
 };
 
@@ -125,17 +138,32 @@ struct Sequence {
 };
 
 // The sequence that a slot belongs to: the last one whose first slot is not beyond it. A warp looks at 32 at a time.
-__device__ __forceinline__ int64 sequence_of(const Arguments& p, int64 slot) {
-  if constexpr (!Shape::VARLEN) return slot / ((p.length + CHUNK - 1) / CHUNK);
+// Segments of SPAN tokens have slots like chunks.
+template <int SPAN> __device__ __forceinline__ int64 sequence_of(const Arguments& p, int64 slot) {
+  if constexpr (!Shape::VARLEN) return slot / ((p.length + SPAN - 1) / SPAN);
   const int lane = threadIdx.x % 32;
   int64 low = 0, high = p.n;
   while (high - low > 1) {
     const int64 step = (high - low + 31) / 32, n = low + lane * step;
-    const bool before = n < high && index_at<CU_INDEX>(p.data.cu_seqlens, n) / CHUNK + n <= slot;
+    const bool before = n < high && index_at<CU_INDEX>(p.data.cu_seqlens, n) / SPAN + n <= slot;
     low += (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
     high = min(high, low + step);
   }
   return low;
+}
+
+__device__ __forceinline__ Crossing& crossing(const Arguments& p, int64 slot, int hv) {
+  return ((Crossing*)(p.data.records + p.chunks * p.heads))[slot * p.heads + hv];
+}
+// The first slot of a sequence's segments; and of its crossings, if there are several segments: ceil(length / SPAN) of
+// them are then no more than floor(2 length / SPAN), so that slots need not count the sequences.
+__device__ __forceinline__ int64 first_segment(const Arguments& p, int64 n, const Sequence& sequence) {
+  constexpr int SPAN = Shape::SPAN == 0 ? 1 : Shape::SPAN;
+  return Shape::VARLEN ? sequence.first / SPAN + n : n * ((p.length + SPAN - 1) / SPAN);
+}
+__device__ __forceinline__ int64 first_crossing(const Arguments& p, int64 n, const Sequence& sequence) {
+  constexpr int SPAN = Shape::SPAN == 0 ? 1 : Shape::SPAN;
+  return Shape::VARLEN ? 2 * sequence.first / SPAN : n * ((p.length + SPAN - 1) / SPAN);
 }
 
 // A tile's rows of PADDED elements: zeros beyond `live` rows and `wanted` columns. WIDE: rows are aligned to 16 bytes,

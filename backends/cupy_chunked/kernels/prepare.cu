@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, Shape::PIECES == 1
   extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int64 slot = (int64)blockIdx.z * gridDim.y + blockIdx.y;
-  const int64 n = sequence_of(p, slot);
+  const int64 n = sequence_of<CHUNK>(p, slot);
   if (n >= p.n) return;
   const Sequence sequence(p, n);
   const int64 token = (slot - sequence.slot) * CHUNK;

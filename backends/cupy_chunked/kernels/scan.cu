@@ -7,6 +7,10 @@
 // factor of the products over tokens. So the chain from one state to the next never leaves the warp's registers. What
 // it needs of a chunk comes through shared memory, STAGES chunks at a time, for all warps of a block. With GROUP four
 // warps multiply together: their products run while they do what does not depend on them.
+//
+// A sequence may be cut into segments of SPAN tokens: what one does to a state is affine, S -> M S + B. The LOCAL pass has
+// M's columns beside B's, which start from the identity and from nothing; `join` finds what each segment starts from, and
+// then each is a sequence of its own.
 #include "numbers.cuh"
 #include "tensor_core.cuh"
 #include "group.cuh"
@@ -19,12 +23,19 @@ constexpr int SCAN_THREADS = Shape::GROUP ? WORKERS + BRINGERS : WORKERS;
 constexpr bool SHARES = Shape::GROUP && Shape::WARPS == 8;
 constexpr int FEW = 40, MANY = 232;  // registers of a thread that brings, and of one that works
 
-struct Stage {
+template <bool LOCAL> struct StageOf {
   Tile<Shape::KEYS> keys, queries;
   Tile<Shape::TILE> values;
   alignas(1024) Record record;
 };
-static_assert(sizeof(Record) % 16 == 0 && sizeof(Stage) % 1024 == 0, "copied 16 bytes at a time; tiles are swizzled");
+template <> struct StageOf<true> {
+  Tile<Shape::KEYS> keys;
+  Tile<Shape::TILE> values;
+  alignas(1024) Passing record;
+};
+using Stage = StageOf<Shape::LOCAL>;
+static_assert(sizeof(Passing) % 16 == 0 && sizeof(Record) % 16 == 0 && sizeof(Stage) % 1024 == 0,
+              "copied 16 bytes at a time; tiles are swizzled");
 
 // A warp's part of the state: element (2 q + c % 2 + 8 i, row + g + c / 2 * 8) is state[i][c].
 using Columns = float[Shape::KEYS / 8][4];
@@ -56,25 +67,71 @@ __device__ __forceinline__ void store_state(const Columns& state, State* to, con
     }
 }
 
-// Start bringing chunk `token / 64` of a sequence. Values beyond V are zeros.
-__device__ __forceinline__ void bring(Stage& to, const Arguments& p, const Sequence& sequence, int64 token,
-                                      int hv, int column, int thread) {
-  const int live = (int)min((int64)CHUNK, sequence.length - token), head = hv / Shape::SHARING;
+// What a block works on: columns of V from `column` on, or with `passage` of the unit vectors, of one value head of one
+// sequence or segment.
+struct Task {
+  Sequence sequence;
+  int64 n, crossing;  // of all sequences; the segment's slot among crossings
+  int hv, column;
+  bool passage, first, last;  // the segment's place in its sequence
+};
+
+// Of a crossing's columns: those of this warp.
+template <int COUNT>
+__device__ __forceinline__ void load_columns(Columns& state, const float (&from)[COUNT][Shape::KEYS], int row, int lane) {
+#pragma unroll
+  for (int i = 0; i < Shape::KEYS / 8; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int k = 8 * i + lane % 4 * 2, column = row + lane / 4 + 8 * half;
+      const float2 pair = column < COUNT ? *(const float2*)&from[column][k] : float2{0.0f, 0.0f};
+      state[i][2 * half] = pair.x, state[i][2 * half + 1] = pair.y;
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void store_columns(const Columns& state, float (&to)[COUNT][Shape::KEYS], int row, int lane) {
+#pragma unroll
+  for (int i = 0; i < Shape::KEYS / 8; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int k = 8 * i + lane % 4 * 2, column = row + lane / 4 + 8 * half;
+      if (column < COUNT) *(float2*)&to[column][k] = {state[i][2 * half], state[i][2 * half + 1]};
+    }
+}
+
+__device__ __forceinline__ void set_identity(Columns& state, int row, int lane) {
+#pragma unroll
+  for (int i = 0; i < Shape::KEYS / 8; i++)
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+      state[i][c] = 8 * i + lane % 4 * 2 + c % 2 == row + lane / 4 + c / 2 * 8 ? 1.0f : 0.0f;
+}
+
+// Start bringing chunk `token / 64`. Values beyond V are zeros.
+template <class Stage>
+__device__ __forceinline__ void bring(Stage& to, const Arguments& p, const Task& task, int64 token, int thread) {
+  const Sequence& sequence = task.sequence;
+  const int hv = task.hv, head = hv / Shape::SHARING, column = task.passage ? 0 : task.column;
+  const int live = (int)min((int64)CHUNK, sequence.length - token);
   const Record* const record = p.data.records + (sequence.slot + token / CHUNK) * p.heads + hv;
-  constexpr int UNITS = sizeof(Record) / 16, TRIANGLES = 2 * Shape::PIECES * TRIANGLE * 32;  // of 16 bytes
+  constexpr int UNITS = sizeof(to.record) / 16;  // of 16 bytes
+  constexpr int SOLVE = sizeof(Triangle) / 16, ATTEND = sizeof(Record) / 16 - SOLVE;  // where one ends and one begins
 #pragma unroll
   for (int i = 0; i < (UNITS + BRINGERS - 1) / BRINGERS; i++) {
     const int unit = i * BRINGERS + thread;
-    const bool there = unit >= TRIANGLES || !is_zeros(unit / 32 % TRIANGLE);
+    const bool triangle = unit < SOLVE || unit >= ATTEND;
+    const bool there = !triangle || !is_zeros((unit < SOLVE ? unit : unit - ATTEND) / 32 % TRIANGLE);
     if ((i + 1) * BRINGERS <= UNITS || unit < UNITS)
       copy_async<16>((uint4*)&to.record + unit, (const uint4*)record + unit, there);
   }
   const Io* const k = sequence.begin<const Io>(p.data.k, p.k, head, token);
-  const Io* const q = sequence.begin<const Io>(p.data.q, p.q, head, token);
   const Io* const v = sequence.begin<const Io>(p.data.v, p.v, hv, token) + column * p.v.element;
   stage<Shape::KEYS, BRINGERS>(to.keys, k, p.k, live, Shape::K, thread);
-  stage<Shape::KEYS, BRINGERS>(to.queries, q, p.q, live, Shape::K, thread);
-  stage<Shape::TILE, BRINGERS>(to.values, v, p.v, live, Shape::V - column, thread);
+  if constexpr (!Shape::LOCAL)
+    stage<Shape::KEYS, BRINGERS>(to.queries, sequence.begin<const Io>(p.data.q, p.q, head, token), p.q, live, Shape::K,
+                                 thread);
+  stage<Shape::TILE, BRINGERS>(to.values, v, p.v, live, task.passage ? 0 : Shape::V - column, thread);
 }
 
 // Tokens 2 q + 8 i of a chunk's scale: the pairs that accumulators' columns are.
@@ -286,13 +343,14 @@ __device__ __forceinline__ void add_updates(Columns& state, const Factor<Shape::
   }
 }
 
-// One chunk: `state` moves on, and `outputs` are set.
+// One chunk: `state` moves on, and unless LOCAL `outputs` are set.
+template <class Stage>
 __device__ __forceinline__ void step(Columns& state, Outputs<Io> (&outputs)[2], const Stage& s, int live, int lane) {
   using Keys = Tile<Shape::KEYS>;
   using Values = Tile<Shape::TILE>;
   constexpr int PIECES = Shape::PIECES, STEPS = Shape::KEYS / 16;
   const int q = lane % 4, warp = threadIdx.x / 32;
-  const ByRows<Keys> keys(s.keys, lane), queries(s.queries, lane);
+  const ByRows<Keys> keys(s.keys, lane);
   Rows u, o;  // what the state predicts for keys and queries
 #pragma unroll
   for (int p = PIECES - 1; p >= 0; p--) {  // pieces of the state, the smallest first
@@ -316,10 +374,12 @@ __device__ __forceinline__ void step(Columns& state, Outputs<Io> (&outputs)[2], 
     begin_products();
     predict(u, keys);
     commit_products();
-    settled(o);
-    begin_products();
-    predict(o, queries);
-    commit_products();
+    if constexpr (!Shape::LOCAL) {
+      settled(o);
+      begin_products();
+      predict(o, ByRows<Keys>(s.queries, lane));
+      commit_products();
+    }
     if (p > 0) wait_for_products<0>();
   }
   // What comes after a wait is loaded before it, where there is one, and registers.
@@ -336,7 +396,7 @@ __device__ __forceinline__ void step(Columns& state, Outputs<Io> (&outputs)[2], 
   };
   const float total = s.record.total;
   if constexpr (EARLY) load_values();
-  wait_for_products<1>();
+  wait_for_products<Shape::LOCAL ? 0 : 1>();
   settled(u);
   if constexpr (!EARLY) load_values();
 
@@ -366,17 +426,19 @@ __device__ __forceinline__ void step(Columns& state, Outputs<Io> (&outputs)[2], 
   triangle_products(updates[0], updates[1], residual, s.record.solve, live, lane);
   commit_products();
 
-  load_pairs(scales, s.record.query_scale, q);
+  if constexpr (!Shape::LOCAL) load_pairs(scales, s.record.query_scale, q);
 #pragma unroll
   for (int i = 0; i < Shape::KEYS / 8; i++)
 #pragma unroll
     for (int c = 0; c < 4; c++) state[i][c] *= total;
-  wait_for_products<1>();
-  settled(o);
+  if constexpr (!Shape::LOCAL) {
+    wait_for_products<1>();
+    settled(o);
 #pragma unroll
-  for (int i = 0; i < 2 * BLOCKS; i++) {
-    const float2 scale = scales[i];
-    o[i][0] *= scale.x, o[i][1] *= scale.y, o[i][2] *= scale.x, o[i][3] *= scale.y;
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+      const float2 scale = scales[i];
+      o[i][0] *= scale.x, o[i][1] *= scale.y, o[i][2] *= scale.x, o[i][3] *= scale.y;
+    }
   }
   if constexpr (EARLY) load_pairs(scales, s.record.keep_scale, q);
   wait_for_products<0>();
@@ -405,21 +467,26 @@ __device__ __forceinline__ void step(Columns& state, Outputs<Io> (&outputs)[2], 
     // Tensor cores cut sums off: added to the state itself, 12 products would take up to 12 units of its last place away.
     add_updates(state, kept, key_rows, live);
   }
+  if constexpr (Shape::LOCAL) {
+    wait_for_products<0>();
+    settled(state);
+  } else {
 #pragma unroll
-  for (int j = 0; j < BLOCKS; j++)
-    residual[j].set(updates[j / 2][j % 2 * 2], updates[j / 2][j % 2 * 2 + 1]);
-  begin_products();
-  triangle_products(early, late, residual, s.record.attend, live, lane);
-  commit_products();
-  wait_for_products<0>();
-  settled(state);
-  settled(early);
-  settled(late);
+    for (int j = 0; j < BLOCKS; j++)
+      residual[j].set(updates[j / 2][j % 2 * 2], updates[j / 2][j % 2 * 2 + 1]);
+    begin_products();
+    triangle_products(early, late, residual, s.record.attend, live, lane);
+    commit_products();
+    wait_for_products<0>();
+    settled(state);
+    settled(early);
+    settled(late);
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i++) {
+    for (int i = 0; i < BLOCKS; i++) {
 #pragma unroll
-    for (int c = 0; c < 4; c++) early[i][c] += o[i][c], late[i][c] += o[BLOCKS + i][c];
-    outputs[0].set(i, early[i]), outputs[1].set(i, late[i]);
+      for (int c = 0; c < 4; c++) early[i][c] += o[i][c], late[i][c] += o[BLOCKS + i][c];
+      outputs[0].set(i, early[i]), outputs[1].set(i, late[i]);
+    }
   }
 }
 
@@ -429,13 +496,6 @@ __device__ __forceinline__ void meet() {
   else __syncthreads();
 }
 
-// What a block works on: columns of V from `column` on, of one value head of one sequence.
-struct Task {
-  Sequence sequence;
-  int64 n;
-  int hv, column;
-};
-
 // Brings chunk after chunk, STAGES of them at a time; `work(stage, tokens)` follows each, when it is there for all.
 template <class Work>
 __device__ __forceinline__ void bring_all(const Arguments& p, Stage* stages, const Task& task, int thread,
@@ -443,7 +503,7 @@ __device__ __forceinline__ void bring_all(const Arguments& p, Stage* stages, con
   const int64 length = task.sequence.length;
   int64 brought = 0;  // tokens
   const auto bring_next = [&](int to) {
-    if (brought < length) bring(stages[to], p, task.sequence, brought, task.hv, task.column, thread);
+    if (brought < length) bring(stages[to], p, task, brought, thread);
     group_copies();
     brought += CHUNK;
   };
@@ -487,19 +547,32 @@ struct Scan {
   __device__ __forceinline__ Scan(const Arguments& p, const Task& task, int warp, int lane)
       : p(p), task(task), row(task.column + 16 * warp), lane(lane), state{} {
     const int64 slot = Shape::READ ? index_at<SLOT_INDEX>(p.data.read, task.n) : -1;
-    if (slot >= 0) load_state(state, pool(slot), p.pool, row, lane);
+    if constexpr (Shape::LOCAL) {
+      if (task.passage) set_identity(state, row, lane);
+    } else if (Shape::SPAN > 0 && !(task.first && task.last)) {
+      load_columns(state, crossing(p, task.crossing, task.hv).start, row, lane);
+    } else if (slot >= 0) {
+      load_state(state, pool(slot), p.pool, row, lane);
+    }
   }
   __device__ __forceinline__ void operator()(const Stage& stage, int64 token) {
     const int live = (int)min((int64)CHUNK, task.sequence.length - token);
     Outputs<Io> outputs[2];
     step(state, outputs, stage, live, lane);
-    Io* const out = task.sequence.begin<Io>(p.data.out, p.out, task.hv, token);
-    outputs[0].store(out, p.out, live, row, lane);
-    outputs[1].store(out + CHUNK / 2 * p.out.time, p.out, live - CHUNK / 2, row, lane);
+    if constexpr (!Shape::LOCAL) {
+      Io* const out = task.sequence.begin<Io>(p.data.out, p.out, task.hv, token);
+      outputs[0].store(out, p.out, live, row, lane);
+      outputs[1].store(out + CHUNK / 2 * p.out.time, p.out, live - CHUNK / 2, row, lane);
+    }
   }
   __device__ __forceinline__ void end() {
-    const int64 slot = Shape::WRITE ? index_at<SLOT_INDEX>(p.data.write, task.n) : -1;
-    if (slot >= 0) store_state(state, pool(slot), p.pool, row, lane);
+    if constexpr (Shape::LOCAL) {
+      if (task.passage) store_columns(state, crossing(p, task.crossing, task.hv).passage, row, lane);
+      else store_columns(state, crossing(p, task.crossing + 1, task.hv).start, row, lane);
+    } else if (task.last) {
+      const int64 slot = Shape::WRITE ? index_at<SLOT_INDEX>(p.data.write, task.n) : -1;
+      if (slot >= 0) store_state(state, pool(slot), p.pool, row, lane);
+    }
   }
   __device__ __forceinline__ State* pool(int64 slot) const {
     return (State*)p.data.pool + slot * p.pool.slot + task.hv * p.pool.head;
@@ -510,13 +583,34 @@ struct Nothing {
   __device__ __forceinline__ void operator()(const Stage&, int64) const {}
 };
 
+// A block's work; none if the task's sequence has no tokens. `place`: of a sequence, or a slot of segments.
+__device__ __forceinline__ Task task_of(const Arguments& p, int64 place) {
+  constexpr int SPAN = Shape::SPAN, PASSAGES = Shape::LOCAL ? (Shape::K + Shape::TILE - 1) / Shape::TILE : 0;
+  constexpr int TILES = Shape::TILES + PASSAGES;
+  const int tile = (int)blockIdx.x % TILES;
+  const bool passage = Shape::LOCAL && tile >= Shape::TILES;
+  const int64 n = SPAN == 0 ? place : sequence_of<SPAN == 0 ? 1 : SPAN>(p, place);
+  Task task = {Sequence(p, n), n, 0, (int)blockIdx.x / TILES,
+               (passage ? tile - Shape::TILES : tile) * Shape::TILE, passage, true, true};
+  Sequence& sequence = task.sequence;
+  if constexpr (SPAN > 0) {
+    const int64 segment = place - first_segment(p, n, sequence), before = segment * SPAN;
+    task.crossing = first_crossing(p, n, sequence) + segment;
+    task.first = before == 0, task.last = before + SPAN >= sequence.length;
+    sequence.first += before, sequence.slot += before / CHUNK;
+    const bool none = n >= p.n || (Shape::LOCAL && task.last);
+    sequence.length = none ? 0 : min(sequence.length - before, (int64)SPAN);
+  }
+  return task;
+}
+
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS, 1) scan(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Stage* const stages = (Stage*)memory;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64 n = (int64)blockIdx.z * gridDim.y + blockIdx.y;
-  if (n >= p.n) return;
-  const Task task = {Sequence(p, n), n, (int)blockIdx.x / Shape::TILES, (int)blockIdx.x % Shape::TILES * Shape::TILE};
+  const int64 place = (int64)blockIdx.z * gridDim.y + blockIdx.y;
+  if (Shape::SPAN == 0 && place >= p.n) return;
+  const Task task = task_of(p, place);
   if (task.sequence.length <= 0) return;
   if constexpr (Shape::GROUP) {
     if (warp < Shape::WARPS) {

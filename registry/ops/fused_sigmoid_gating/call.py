@@ -7,12 +7,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .dtypes import dtype_name
 from .problem import Intermediates, Problem, StateLayout, Strides, Update
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # who asks the backends for their configs, or the store for a choice, does without torch
+    import torch
+
     from ...varlen.layout import SequenceLayout
 
 __all__ = ["TENSORS", "Call"]
@@ -149,6 +148,8 @@ class Call:
 
     def requires_grad(self) -> bool:
         """Whether autograd must see this call."""
+        import torch
+
         if not torch.is_grad_enabled():
             return False
         return any(t.requires_grad for t in self.tensors().values())
@@ -173,6 +174,11 @@ class Call:
 
     def problem(self, mode: str | None = None) -> Problem:
         """Describe this call. ``mode`` overrides the launch mode (else: capturing a CUDA graph or not)."""
+        import torch
+
+        from ...varlen.profile import VarlenProfile
+        from .dtypes import dtype_name
+
         q = self.q
         arch = 0
         if q.is_cuda:
@@ -180,8 +186,6 @@ class Call:
             arch = 10 * major + minor
         if mode is None:
             mode = "graph" if q.is_cuda and torch.cuda.is_current_stream_capturing() else "eager"
-        from ...varlen.profile import VarlenProfile
-
         tokens = self.tokens
         if self.cu_seqlens is not None and self.lengths_on_host:
             tokens = self.offsets[-1]

@@ -20,9 +20,13 @@ from .call import TENSORS, Call
 from .guards import Guard, guard, plain
 from .outputs import Maker, output_maker
 from .problem import Problem
+from .torch_settings import Settings, settings_of
 from .validate import as_gate
 
 __all__ = ["Entry", "pin"]
+
+#: Where a step's own tensors are among TENSORS: A_log to read_slots.
+_OF_STEPS = list(range(TENSORS.index("write_slots")))
 
 Reshape = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -38,6 +42,8 @@ class Entry:
         grad: None where no tensor requires grad; else whether grad mode was on.
         shapes: of q and v.
         has_cu ... has_out: which optional tensors are given; separate: ``output_state_indices`` is.
+        word: such calls' settings, as the operator of decode and prompt steps takes them (``torch_settings``); None for
+            calls that are no such steps, and for steps that the operator's kernel leaves to the hot path.
         present, guard: which of the call's tensors are looked at, and what they must be like.
         on_cuda: the tensors are on a GPU; host_lengths: ``cu_seqlens`` is a bare tensor on the host, read every time.
         profile, rows, steps: of lengths known on the host: their profile, the most tokens and the longest length.
@@ -70,6 +76,7 @@ class Entry:
     has_parents: bool
     has_out: bool
     separate: bool
+    word: str | None
     present: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     guard: Guard
     on_cuda: bool
@@ -120,6 +127,15 @@ class Entry:
             runner, pinned = _untouched, _nothing
         else:
             pinned = pin(runner, call)
+        # Besides the tensors of a step, and perhaps its offsets, nothing is given.
+        is_step = (
+            looked_at in (_OF_STEPS, [*_OF_STEPS, TENSORS.index("cu_seqlens")])
+            and given["disable_state_update"] is False
+            and call.layout is None
+            and not is_host_tensor
+            and not grads
+            and pinned is not None
+        )
         profile = None
         if call.layout is not None:
             profile = call.layout.profile
@@ -147,6 +163,7 @@ class Entry:
             has_parents=call.parents is not None,
             has_out=given["out"] is not None,
             separate=output_slots is not None,
+            word=settings_of(*(given[name] for name in Settings._fields)) if is_step else None,
             present=present,
             guard=guard(present(tensors)),
             on_cuda=call.q.is_cuda,

@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["Guard", "PythonGuard", "compiled_guards", "guard", "plain"]
+__all__ = ["Guard", "PythonGuard", "compiled_guards", "guard", "is_current_stream_capturing", "plain"]
 
 Guard = Callable[..., bool]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# What the wrapper in torch.cuda calls; only ever asked about tensors on a GPU.
+is_current_stream_capturing: Callable[[], bool] = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
 
 
 def plain(tensor: torch.Tensor) -> bool:

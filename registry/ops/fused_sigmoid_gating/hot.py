@@ -14,36 +14,37 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from ....errors import IsokernError, RegistrationError
+from ....errors import BackendFailedError, IsokernError, RegistrationError
 from ...dispatch import Dispatcher
 from ...overrides import NO_OVERRIDES, current_overrides
 from ...varlen.graph_layout import GraphLayout
 from ...varlen.layout import SequenceLayout
 from .call import Call
 from .entries import Entries
+from .entry import Entry
 from .first import FirstCalls
+from .guards import is_current_stream_capturing
 from .torch_op import traced
 
 __all__ = ["HotPath"]
 
 _NAME = "fused_sigmoid_gating"
 
-# What the wrapper in torch.cuda calls; only ever asked about tensors on a GPU.
-is_current_stream_capturing = getattr(
-    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
-)
-
 
 class HotPath:
-    """The op's ``__call__``, in front of everything else the op does."""
+    """The op's ``__call__``, in front of everything else the op does.
+
+    Attributes:
+        entries: the kinds of calls it knows; ``torch_step`` looks through them, too.
+    """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         from ... import default
 
         # Operators are the process's; they would not find an op of another registry again.
         self._has_operators = dispatcher.registry is default
-        self._entries = Entries(dispatcher)
-        self._first = FirstCalls(dispatcher, self._entries, self._has_operators)
+        self.entries = Entries(dispatcher)
+        self._first = FirstCalls(dispatcher, self.entries, self._has_operators)
 
     def __call__(
         self,
@@ -149,7 +150,7 @@ class HotPath:
         )  # fmt: skip
         overrides = current_overrides()
         forced = None if overrides is NO_OVERRIDES else overrides.get(_NAME)
-        entries = self._entries
+        entries = self.entries
         candidates, alike = entries.recent, False
         while validate == "fast":
             for entry in candidates:
@@ -241,9 +242,13 @@ class HotPath:
                 except IsokernError:
                     raise
                 except Exception as error:
-                    raise self._first.failed(entry.decision, entry.problem, error) from error
+                    raise self.failed(entry, error) from error
                 return result
             if alike:
                 break
             candidates, alike = entries.alike(q, v), True
         return self._first(locals())
+
+    def failed(self, entry: Entry, error: Exception) -> BackendFailedError:
+        """The typed error for an entry's runner that raised."""
+        return self._first.failed(entry.decision, entry.problem, error)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 
@@ -14,6 +15,10 @@ from .operands import TYPICAL
 from .reference import Reference
 
 __all__ = ["LIMITS", "Judgement", "Limits", "judge", "rounded"]
+
+
+#: Values of several sequences that are looked at together at most: some ten float64 copies are made of them.
+_TOGETHER = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +98,25 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
     rows = out.detach().to(ref.o.device).flatten(0, 1)[:, heads]
     noisy = ref.o_noise is not None
     outputs = _Comparison(dtype_name(out.dtype), rerounded, noisy)
-    for x, y in pairwise(ref.offsets):
-        noise = None if ref.o_noise is None else ref.o_noise[x:y].transpose(0, 1)
-        got, exact, bound = (t[x:y].transpose(0, 1) for t in (rows, ref.o, ref.o_bound))
-        outputs.add(got, exact, bound, noise, y - x)
+    lengths, size = [y - x for x, y in pairwise(ref.offsets)], len(ref.heads) * call.key_dim * call.value_dim
+    for first, count in _alike(lengths, len(ref.heads) * call.value_dim):
+        cut, length = slice(ref.offsets[first], ref.offsets[first + count]), lengths[first]
+        got, exact, bound = (_by_head(t[cut], count, length) for t in (rows, ref.o, ref.o_bound))
+        noise = None if ref.o_noise is None else _by_head(ref.o_noise[cut], count, length)
+        outputs.add(got, exact, bound, noise, length)
     outputs.report("output", ratio_limit, faults)
 
     states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32", rerounded, noisy)
     if call.pool is not None and call.write_slots is not None:
-        for n, slot in enumerate(call.write_slots.tolist()):
-            if slot >= 0 and ref.offsets[n + 1] > ref.offsets[n]:
-                bound = ref.state_bound[n][:, None, :].expand_as(ref.state[n])
-                noise = None if ref.state_noise is None else ref.state_noise[n]
-                length = ref.offsets[n + 1] - ref.offsets[n]
-                states.add(_kv(call.pool[slot], heads, call), ref.state[n], bound, noise, length)
+        slots = call.write_slots.tolist()
+        kept = [n for n, slot in enumerate(slots) if slot >= 0 and lengths[n]]
+        for first, count in _alike([lengths[n] for n in kept], size, per_token=False):
+            which = kept[first : first + count]
+            got = torch.stack([_kv(call.pool[slots[n]], heads, call) for n in which]).flatten(0, 1)
+            exact = ref.state[which].flatten(0, 1)
+            bound = ref.state_bound[which].flatten(0, 1)[:, None, :].expand_as(exact)
+            noise = None if ref.state_noise is None else ref.state_noise[which].flatten(0, 1)
+            states.add(got, exact, bound, noise, lengths[which[0]])
         states.report("state", ratio_limit, faults)
 
     steps = _Comparison(
@@ -114,15 +124,44 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
     )
     if call.intermediates is not None and ref.steps is not None and ref.steps_bound is not None:
         assert call.intermediate_rows is not None
-        for n, row in enumerate(call.intermediate_rows.tolist()):
-            for t in range(ref.offsets[n + 1] - ref.offsets[n] if row >= 0 else 0):
-                at = ref.offsets[n] + t
-                bound = ref.steps_bound[at][:, None, :].expand_as(ref.steps[at])
-                steps.add(_kv(call.intermediates[row, t], heads, call), ref.steps[at], bound)
+        stored = [
+            (row, t, ref.offsets[n] + t)
+            for n, row in enumerate(call.intermediate_rows.tolist())
+            for t in range(lengths[n] if row >= 0 else 0)
+        ]
+        most = max(1, _TOGETHER // max(1, size))
+        for part in (stored[i : i + most] for i in range(0, len(stored), most)):
+            at = [token for _, _, token in part]
+            got = torch.stack([_kv(call.intermediates[row, t], heads, call) for row, t, _ in part]).flatten(0, 1)
+            exact = ref.steps[at].flatten(0, 1)
+            bound = ref.steps_bound[at].flatten(0, 1)[:, None, :].expand_as(exact)
+            steps.add(got, exact, bound)
         steps.report("intermediate state", ratio_limit, faults)
     return Judgement(
         outputs.ratio, states.ratio, steps.ratio, outputs.rel, states.rel, outputs.equal_bits, tuple(faults)
     )
+
+
+def _alike(lengths: Sequence[int], size: int, per_token: bool = True) -> Iterator[tuple[int, int]]:
+    """Runs of sequences of equal lengths that can be looked at together: the first one's index, and how many.
+
+    Limits hold per sequence and head, so that sequences are more heads; and each look takes some fifty operations.
+
+    Args:
+        size: values per sequence, or per token of one.
+    """
+    at = 0
+    for length, alike in groupby(lengths):
+        count = sum(1 for _ in alike)
+        most = max(1, _TOGETHER // max(1, size * (length if per_token else 1)))
+        for first in range(at, at + count, most):
+            yield first, min(most, at + count - first)
+        at += count
+
+
+def _by_head(rows: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """``[count * length, heads, V]`` as ``[count * heads, length, V]``."""
+    return rows.reshape(count, length, *rows.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def _kv(state: torch.Tensor, heads: torch.Tensor, call: Call) -> torch.Tensor:
@@ -141,7 +180,7 @@ def _allowance(independent: int) -> float:
 
 
 class _Comparison:
-    """Running worst case over groups; a group is one sequence, its first axis the heads."""
+    """Running worst case over groups; a group is some sequences of one length, its first axis their heads."""
 
     def __init__(self, dtype: str, rerounded: bool, noisy: bool = False) -> None:
         self.dtype = dtype

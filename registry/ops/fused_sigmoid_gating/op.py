@@ -82,7 +82,7 @@ class FusedSigmoidGating(HotPath):
         ``evicted``: kinds of calls remembered and dropped for others; ``bound``: problems with a runner; ``untuned``:
         problems that no tuned choice and no plan decided.
         """
-        counted = self._entries.counters()
+        counted = self.entries.counters()
         return {**counted, "bound": len(self.dispatcher.bound), "untuned": len(self.dispatcher.misses)}
 
     def __repr__(self) -> str:

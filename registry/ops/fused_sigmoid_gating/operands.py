@@ -42,13 +42,14 @@ class OperandRounding:
         o, o_typical: ``[tokens, h, V]``: of the outputs, with errors of states that meet in the worst way, and in a
             typical one.
         column: ``[N, h, V]``: of the current states, summed over K. state: ``[N, h, K, V]``: entry by entry, typical.
+        shared: ``[N, h, V]``: the part of ``column`` that comes from T, whose roundings all columns share.
     """
 
     def __init__(self, tokens: int, states: torch.Tensor) -> None:
         n, h, _, v = states.shape
         self.o = states.new_zeros(tokens, h, v)
         self.o_typical = torch.zeros_like(self.o)
-        self.column = states.new_zeros(n, h, v)
+        self.column, self.shared = states.new_zeros(n, h, v), states.new_zeros(n, h, v)
         self.state = torch.zeros_like(states)
 
     def add(
@@ -102,6 +103,7 @@ class OperandRounding:
         passed = total * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device) - B.mT @ W
         norm = torch.linalg.matrix_norm(passed, 2)[..., None]
         self.column[:n] = _squares(norm) * before + new.sum(-2)
+        self.shared[:n] = _squares(norm) * self.shared[:n] + (_squares(B).mT @ TR).sum(-2)
         self.state[:n] = _squares(passed) @ typical + new
 
 

@@ -17,26 +17,26 @@ error already made; what remains is the sum of the local rounding errors. With u
 vector; ``d = h'^T k``. Chunked forms evaluate the same sums from their parts (the state at the start of the chunk,
 and each earlier token of the chunk), so cancellation between the parts is rounded too: there ``|h'|`` is replaced
 by the majorant ``M' = sum of |parts|`` and the decays' errors accumulate over the chunk in ``F``. All bounds include
-what underflow may do, :data:`UNDERFLOW`.
+what underflow may do, :data:`UNDERFLOW`. Evaluations that cut sequences into segments: see ``segments.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
-from ...backend import RoundedChunk
+from ...backend import Chunked
 from .call import Call
 from .gates import beta_of, log_decay, normalise
 from .operands import CERTAIN, TYPICAL, UNIT, OperandRounding
+from .segments import U32, Segments
 
 __all__ = ["Reference", "reference"]
 
-U32 = 2.0**-24
 #: Below 2**-126 float32 has no relative accuracy, and a GPU may flush to zero; a sum of K terms, or a gate times a
 #: value, carries up to about 256 such errors.
 UNDERFLOW = 2.0**-118
@@ -97,7 +97,7 @@ class _Gates:
 def reference(
     call: Call,
     heads: Sequence[int] | None = None,
-    chunk: int | RoundedChunk | None = None,
+    chunk: int | Chunked | None = None,
     initial: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Reference:
@@ -107,13 +107,14 @@ def reference(
         call: canonical arguments. Reads its tensors (copying them to ``device`` where they are elsewhere).
         heads: value heads to compute; heads are independent, so a few stand for all where all would take too long.
         chunk: bound for chunked evaluations with chunks of this many tokens, in float32 or with rounded operands
-            (``operands.py``); None for token-by-token ones.
+            (``operands.py``), of whole sequences or of segments (``segments.py``); None for token-by-token ones.
         initial: ``[N, heads, K, V]`` float64 start states in place of the pool's (a caller that keeps exact
             states across calls).
         device: where to compute and leave the results. A GPU's float64 is as good, and much faster on large states,
             where one trusts it more than the kernel that is judged.
     """
-    rounded, chunk = isinstance(chunk, RoundedChunk), chunk.tokens if isinstance(chunk, RoundedChunk) else chunk
+    rounded, cut = (chunk.rounded, chunk.cut) if isinstance(chunk, Chunked) else (False, 0)
+    chunk = chunk.tokens if isinstance(chunk, Chunked) else chunk
     device = torch.device(device)
     chosen = tuple(range(call.hv)) if heads is None else tuple(heads)
     index = torch.tensor(chosen, dtype=torch.int64, device=device)
@@ -139,26 +140,38 @@ def reference(
     starts = torch.tensor([offsets[i] for i in order], dtype=torch.int64, device=device)
     ends = torch.tensor([offsets[i + 1] for i in order], dtype=torch.int64, device=device)
     operands = OperandRounding(call.tokens, h) if rounded else None
+    segments = Segments(cut, h, call.tokens, rounded) if chunk and cut else None
+    wide = replace(gates, v=Segments.values(gates.v, k_dim)) if segments is not None else None
 
     for t in range(max(lengths, default=0)):
         live = sum(1 for i in order if lengths[i] > t)  # order is by length: a prefix is alive
         rows = starts[:live] + t
         if tree is not None and t:
             tree.load(t, live, h, error, steps, steps_bound, [offsets[i] + t for i in order[:live]])
+        if segments is not None and t % cut == 0:
+            segments.begin(live, h, error, operands)
         if chunk and t % chunk == 0 and major is not None and spread is not None:
             major[:live] = h[:live].abs()
             spread[:live] = 0
+            tokens = rows[:, None] + torch.arange(chunk, device=device)
+            there = tokens < ends[:live, None]
+            tokens = torch.where(there, tokens, rows[:, None])
             if operands is not None:
-                tokens = rows[:, None] + torch.arange(chunk, device=device)
-                there = tokens < ends[:live, None]
-                tokens = torch.where(there, tokens, rows[:, None])
                 operands.add(tokens, there, h[:live], gates.q, gates.k, gates.v, gates.decay, gates.beta)
+            if segments is not None and wide is not None:
+                segments.begin_chunk(live, tokens, there, wide.q, wide.k, wide.v, wide.decay, wide.beta)
         _step(call, gates, rows, h, error, o, o_bound, live, major, spread, chunk)
+        if segments is not None and wide is not None and chunk:
+            _advance(call, wide, rows, segments.h, segments.error, live, segments.major, segments.spread, chunk)
         if chunk and major is not None and spread is not None:
             full = (t + 1) % chunk == 0
             formed = [i for i in range(live) if full or lengths[order[i]] == t + 1]
             if formed:
                 _form_state(gates, error, major, spread, formed, chunk)
+                if segments is not None:
+                    _form_state(gates, segments.error, segments.major, segments.spread, formed, chunk)
+            if segments is not None and (t + 1) % cut == 0:
+                segments.join(sum(1 for i in order if lengths[i] > t + 1), h, error, operands)
         if steps is not None and steps_bound is not None:
             steps[rows] = h[:live]
             steps_bound[rows] = error[:live]
@@ -267,19 +280,41 @@ def _step(
     chunk: int | None,
 ) -> None:
     """One token of every live sequence, in place on h, error, o, o_bound (and the chunk's majorants)."""
+    _advance(call, gates, rows, h, error, live, major, spread, chunk)
+    q = gates.q[rows]
+    m, c_n = 6 * math.sqrt(call.key_dim), gates.norm_error
+    o[rows] = torch.einsum("nhkv,nhk->nhv", h[:live], q)
+    if major is None or spread is None or not chunk:
+        parts = (m + c_n + 2) * h[:live].abs()
+    else:
+        parts = spread[:live] + (m + 6 * math.sqrt(chunk) + 4 * c_n + 4) * major[:live]
+    shown = torch.einsum("nhkv,nhk->nhv", parts, q.abs())
+    o_bound[rows] = q.norm(dim=-1, keepdim=True) * error[:live] + U32 * shown
+
+
+def _advance(
+    call: Call,
+    gates: _Gates,
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    error: torch.Tensor,
+    live: int,
+    major: torch.Tensor | None,
+    spread: torch.Tensor | None,
+    chunk: int | None,
+) -> None:
+    """The states of :func:`_step`, and their errors."""
     decay, c_g = gates.decay[rows], gates.decay_error[rows]
     beta, c_beta = gates.beta[rows], gates.beta_error[rows]
-    q, k, v = gates.q[rows], gates.k[rows], gates.v[rows]
+    k, v = gates.k[rows], gates.v[rows]
     m, c_n = 6 * math.sqrt(call.key_dim), gates.norm_error
-    k_norm, q_norm = k.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
-    k_abs, q_abs = k.abs(), q.abs()
+    k_norm, k_abs = k.norm(dim=-1, keepdim=True), k.abs()
 
     state = h[:live] * decay[..., None]
     d = torch.einsum("nhkv,nhk->nhv", state, k)
     u = beta * (v - d)
     new = state + k[..., None] * u[..., None, :]
     h[:live] = new
-    o[rows] = torch.einsum("nhkv,nhk->nhv", new, q)
 
     growth = decay.amax(-1, keepdim=True)
     if not call.use_qk_l2norm:
@@ -289,7 +324,6 @@ def _step(
         magnitude = torch.einsum("nhkv,nhk->nhv", state.abs(), k_abs)
         local = ((c_g[..., None] + 1) * state).norm(dim=-2) + beta * k_norm * (m + 2 * c_n + 2) * magnitude
         error[:live] = growth * error[:live] + U32 * (local + value_error + 2 * new.norm(dim=-2))
-        shown = (m + c_n + 2) * torch.einsum("nhkv,nhk->nhv", new.abs(), q_abs)
     else:
         m_all = m + 6 * math.sqrt(chunk)
         weight = (c_g * decay)[..., None]
@@ -298,8 +332,6 @@ def _step(
         magnitude = torch.einsum("nhkv,nhk->nhv", spread[:live] + (m_all + 4 * c_n + 4) * parts, k_abs)
         error[:live] = growth * error[:live] + U32 * (beta * k_norm * magnitude + value_error)
         major[:live] = parts + k_abs[..., None] * u.abs()[..., None, :]
-        shown = torch.einsum("nhkv,nhk->nhv", spread[:live] + (m_all + 4 * c_n + 4) * major[:live], q_abs)
-    o_bound[rows] = q_norm * error[:live] + U32 * shown
 
 
 def _form_state(

@@ -9,6 +9,7 @@ import torch
 
 from ...spec import OpSpec
 from .call import TENSORS
+from .contract import CONTRACT_VERSION
 from .inputs import make_inputs
 from .judge import judge
 from .op import FusedSigmoidGating
@@ -51,7 +52,7 @@ def _error_inputs() -> Sequence[Any]:
 
 SPEC = OpSpec(
     name="fused_sigmoid_gating",
-    contract_version=1,
+    contract_version=CONTRACT_VERSION,
     summary="fused sigmoid-gated delta rule (GDN, KDA) with varlen, state pool and verification",
     reference_backend="torch_reference",
     make_op=FusedSigmoidGating,

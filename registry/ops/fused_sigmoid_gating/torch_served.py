@@ -13,7 +13,17 @@ from torch import is_grad_enabled
 
 from ....errors import ArgumentValueError
 
-__all__ = ["LEAVES", "NAME", "SERVING", "any_requires_grad", "process_wide_call", "refuse_grad", "served", "serving"]
+__all__ = [
+    "LEAVES",
+    "NAME",
+    "SERVING",
+    "any_requires_grad",
+    "process_wide",
+    "process_wide_call",
+    "refuse_grad",
+    "served",
+    "serving",
+]
 
 NAME = "fused_sigmoid_gating"
 
@@ -40,11 +50,12 @@ def serving(op: Any) -> Iterator[None]:
 def served() -> Any:
     """The op that the operators run."""
     op = SERVING.get()
-    return _process_wide() if op is None else op
+    return process_wide() if op is None else op
 
 
 @cache
-def _process_wide() -> Any:
+def process_wide() -> Any:
+    """The process's op, which the operators run outside of ``serving``."""
     from ... import get
 
     return get(NAME)
@@ -53,7 +64,7 @@ def _process_wide() -> Any:
 @cache
 def process_wide_call() -> Callable[..., torch.Tensor]:
     """The process's op's method: objects are called by way of a dictionary, methods are not."""
-    call: Callable[..., torch.Tensor] = _process_wide().__call__
+    call: Callable[..., torch.Tensor] = process_wide().__call__
     return call
 
 

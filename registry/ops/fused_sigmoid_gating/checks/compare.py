@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from ....backend import RoundedChunk
+from ....backend import Chunked
 from ....conformance.check import Violation
 from ....conformance.subject import Subject
 from ..call import Call
@@ -42,13 +42,13 @@ class Recipe:
         return made
 
 
-def truth(call: Call, chunk: int | RoundedChunk | None = None, heads: Sequence[int] | None = None) -> Reference:
+def truth(call: Call, chunk: int | Chunked | None = None, heads: Sequence[int] | None = None) -> Reference:
     """The reference of a call that has not run yet."""
     return reference(call, heads=heads, chunk=chunk)
 
 
 @lru_cache(maxsize=192)
-def exact(recipe: Recipe, chunk: int | RoundedChunk | None = None) -> Reference:
+def exact(recipe: Recipe, chunk: int | Chunked | None = None) -> Reference:
     """The truth of a recipe's call; remembered, since every backend and relation asks for the same ones."""
     return truth(canonical_call(**recipe.kwargs()), chunk)
 

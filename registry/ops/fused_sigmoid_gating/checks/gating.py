@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ....backend import RoundedChunk
+from ....backend import Chunked
 from ....conformance.check import Violation
 from ....conformance.subject import Subject
 from ....decision import RejectCode
@@ -83,7 +83,7 @@ class GateTrial(Trial):
         inner = torch.randperm(call.hv - 2, generator=torch.Generator().manual_seed(seed))[: count - 2] + 1
         return (0, *sorted(inner.tolist()), call.hv - 1)
 
-    def truth(self, chunk: int | RoundedChunk | None, max_token_heads: int, seed: int) -> Reference:
+    def truth(self, chunk: int | Chunked | None, max_token_heads: int, seed: int) -> Reference:
         """The reference of the call, on :meth:`heads` and on the call's device. Before the call runs."""
         return reference(self.call, self.heads(max_token_heads, seed), chunk, device=self.call.q.device)
 

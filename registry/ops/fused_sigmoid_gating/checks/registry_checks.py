@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ....backend import Backend, Config, RoundedChunk, Runner
+from ....backend import Backend, Chunked, Config, Runner
 from ....conformance.check import BackendRaised, Examination, Violation, check
 from ....conformance.subject import Subject
 from ....core import Registry
@@ -140,8 +140,8 @@ def _handed_over(first: Subject, second: Subject, spec: CaseSpec) -> float:
     """Half of every sequence on one backend, the rest on the other, one pool: within two bounds of the whole."""
     recipe = Recipe(spec)
     chunks = [chunk for chunk in (_chunk(first, recipe), _chunk(second, recipe)) if chunk is not None]
-    chunks.sort(key=lambda chunk: not isinstance(chunk, RoundedChunk))  # the wider bound of the two
-    ref = exact(recipe, chunks[0] if chunks else None)
+    chunks.sort(key=lambda chunk: (chunk.rounded, chunk.cut) if isinstance(chunk, Chunked) else (False, 0))
+    ref = exact(recipe, chunks[-1] if chunks else None)  # the wider bound of the two
     kwargs = fresh(spec, device=first.device)
     heads = [(n, 0, length // 2) for n, length in enumerate(spec.lengths)]
     tails = [(n, length // 2, length) for n, length in enumerate(spec.lengths)]
@@ -154,7 +154,7 @@ def _handed_over(first: Subject, second: Subject, spec: CaseSpec) -> float:
     return near(Results(torch.cat(parts), end.states, end.steps), whole, ref, 2.0)
 
 
-def _chunk(subject: Subject, recipe: Recipe) -> int | RoundedChunk | None:
+def _chunk(subject: Subject, recipe: Recipe) -> int | Chunked | None:
     return subject.chunk(recipe.trial(subject).call)
 
 

@@ -1,0 +1,59 @@
+"""Sequences of one length are judged together, and each by its own limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from isokern.backends.torch_native.reference import run_reference
+from isokern.registry.ops.fused_sigmoid_gating import judge as judging
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
+from isokern.registry.ops.fused_sigmoid_gating.reference import reference
+from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
+
+MIXED = CaseSpec("mixed", (5, 5, 5, 1, 1, 0, 3, 0, 0, 3), h=2, hv=4, k=16, v=24)
+CASES = {
+    "lengths": MIXED,
+    "decode": MIXED.but(lengths=(1,) * 9),
+    "bfloat16 states": MIXED.but(state_dtype="bfloat16", state_layout="vk", padded=(1, 3)),
+    "tree": MIXED.but(verify="tree", update="disabled"),
+    "no states": MIXED.but(state_dtype=None),
+    "nothing": MIXED.but(lengths=()),
+}
+
+
+def run(case, heads=None):
+    call = canonical_call(**make_inputs(case).kwargs)
+    ref = reference(call, heads)
+    call.out = torch.full(call.v.shape, float("nan"), dtype=call.q.dtype)
+    run_reference(call)
+    return call, ref
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("error", [0.0, 1e-3, float("nan")])
+def test_together_is_as_one_at_a_time(case, error, monkeypatch):
+    call, ref = run(case, (0, 2))
+    for written in (call.out, call.pool, call.intermediates):
+        if written is not None and written.numel():
+            written.view(-1)[::97] += error
+    together = judging.judge(call, call.out, ref)
+    monkeypatch.setattr(judging, "_TOGETHER", 1)
+    alone = judging.judge(call, call.out, ref)
+    assert together.faults == alone.faults
+    assert [together.ratio_o, together.ratio_state, together.rel_o, together.equal_bits] == pytest.approx(
+        [alone.ratio_o, alone.ratio_state, alone.rel_o, alone.equal_bits]
+    )
+
+
+def test_an_error_in_one_sequence_of_many_is_measured_against_that_one():
+    """It is small beside the values of all the others."""
+    case = MIXED.but(lengths=(4,) * 64)
+    call, ref = run(case)
+    exact = judging.judge(call, call.out, ref)
+    assert exact.ok
+    call.out[0, 4:8, 0] *= 1.02
+    off = judging.judge(call, call.out, ref)
+    assert off.rel_o == pytest.approx(0.02, rel=0.2)
+    assert "relative error" in " ".join(off.faults)

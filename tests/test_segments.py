@@ -1,0 +1,149 @@
+"""Sequences cut into segments: an evaluation that finds the effect of each by itself is within bound, little else is.
+
+The chunked form in float64, with operands rounded to bfloat16 or every result rounded to float32, segment by segment.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from isokern.registry.backend import Chunked
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.gates import beta_of, log_decay, normalise
+from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
+from isokern.registry.ops.fused_sigmoid_gating.judge import judge
+from isokern.registry.ops.fused_sigmoid_gating.reference import reference
+from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
+
+SPEC = CaseSpec("segments", (330, 7, 130), h=1, hv=2, k=32, v=48, distribution="long_memory")
+CHUNK, CUT = 64, 128
+
+
+def exact(x):
+    return x
+
+
+def to_float(x):
+    return x.float().double()
+
+
+def to_bfloat(x):
+    return x.to(torch.bfloat16).double()
+
+
+@dataclass
+class Evaluation:
+    """One value head of one sequence: ``operand`` and ``result`` round what products take and what they give."""
+
+    call: object
+    n: int
+    head: int
+    operand: object
+    result: object
+
+    def chunk(self, S, first, last, out=None, values=True):
+        """What a chunk makes of the states ``[K, columns]``; the columns beyond V have no values."""
+        call, rows, operand, result = self.call, slice(first, last), self.operand, self.result
+        q, k = (normalise(x[0, rows, self.head // 2].double()) for x in (call.q, call.k))
+        v = torch.zeros(last - first, S.shape[1], dtype=torch.float64)
+        if values:
+            v[:, : call.value_dim] = call.v[0, rows, self.head].double()
+        beta = beta_of(call.b[0, rows, self.head].double(), False)
+        x = call.a[0, rows, self.head].double() + call.dt_bias[self.head].double()
+        g = log_decay(call.A_log[self.head].double(), x, 1.0, 20.0, None).cumsum(0)
+        past = torch.exp(g[:, None] - g[None]).tril()
+        A = (beta[:, None] * past * (k @ k.T)).tril(-1)
+        T = result(torch.linalg.inv(torch.eye(len(A), dtype=A.dtype) + A) * beta)
+        R = result(v - result(g.exp()[:, None] * (k @ operand(S))))
+        U = result(operand(T) @ operand(R))
+        if out is not None:
+            P = result(past * (q @ k.T)) * call.scale
+            o = result(g.exp()[:, None] * (q @ operand(S)) * call.scale) + operand(P) @ operand(U)
+            out[0, rows, self.head] = o.to(out.dtype)
+        return result(g[-1].exp() * S + k.T @ operand(result(U * torch.exp(g[-1] - g)[:, None])))
+
+    def run(self, join):
+        """``join(M, S, B)`` is the next segment's start."""
+        call = self.call
+        K, V, (first, last) = call.key_dim, call.value_dim, call.offsets[self.n : self.n + 2]
+        S = call.pool[call.read_slots[self.n], self.head].double()
+        for begin in range(first, last, CUT):
+            end = min(begin + CUT, last)
+            local = torch.cat((torch.zeros(K, V, dtype=S.dtype), torch.eye(K, dtype=S.dtype)), 1)
+            state = S
+            for t in range(begin, end, CHUNK):
+                state = self.chunk(state, t, min(t + CHUNK, end), call.out)
+                local = self.chunk(local, t, min(t + CHUNK, end))
+            S = self.result(join(local[:, V:], S, local[:, :V])) if end < last else state
+        if last > first:
+            call.pool[call.write_slots[self.n], self.head] = S.to(call.pool.dtype)
+
+
+def judged(spec, operand, result, join=lambda M, S, B: M @ S + B, rounded=None, cut=CUT):
+    call = canonical_call(**make_inputs(spec).kwargs)
+    call.out = torch.zeros_like(call.v)
+    ref = reference(call, chunk=Chunked(CHUNK, operand is to_bfloat if rounded is None else rounded, cut))
+    for n in range(call.n):
+        for head in range(call.hv):
+            Evaluation(call, n, head, operand, result).run(join)
+    return judge(call, call.out, ref)
+
+
+SPECS = [
+    SPEC,
+    SPEC.but(distribution="typical"),
+    SPEC.but(distribution="strong_decay"),
+    SPEC.but(distribution="equal_keys"),
+    SPEC.but(lengths=(128, 129, 64), k=8, v=16),
+    SPEC.but(k=64, v=8, lengths=(600,)),
+    SPEC.but(state_dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.distribution} {spec.lengths} {spec.state_dtype}")
+@pytest.mark.parametrize("operand", [exact, to_bfloat], ids=["float32", "rounded"])
+def test_joined_segments_are_within_the_bound(spec, operand):
+    judgement = judged(spec, operand, exact if operand is to_bfloat else to_float)
+    assert judgement.ok, judgement.faults
+    assert 0.02 < judgement.ratio_o < 1, "the bound means something"
+
+
+FAULTS = {
+    "segments that begin with no state": lambda M, S, B: B,
+    "segments that make nothing": lambda M, S, B: M @ S,
+    "a state handed over as it was": lambda M, S, B: S,
+    "a passage transposed": lambda M, S, B: M.T @ S + B,
+    "one key left out": lambda M, S, B: M[:, 1:] @ S[1:] + B,
+    "a passage in bfloat16": lambda M, S, B: to_bfloat(M) @ S + B,
+    "a start in bfloat16": lambda M, S, B: to_bfloat(M @ S + B),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_joined_otherwise_is_found(fault):
+    assert not judged(SPEC, exact, to_float, FAULTS[fault]).ok
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if "bfloat16" not in name])
+def test_so_it_is_with_rounded_operands(fault):
+    assert not judged(SPEC, to_bfloat, exact, FAULTS[fault]).ok
+
+
+def test_whole_sequences_have_the_bound_that_they_had():
+    """A cut beyond every sequence is none."""
+    call = canonical_call(**make_inputs(SPEC).kwargs)
+    for rounded in (False, True):
+        whole = reference(call, chunk=Chunked(CHUNK, rounded) if rounded else CHUNK)
+        other = reference(call, chunk=Chunked(CHUNK, rounded, cut=512))
+        assert torch.equal(whole.o_bound, other.o_bound)
+        assert torch.equal(whole.state_bound, other.state_bound)
+
+
+def test_cutting_widens_the_bound_little():
+    call = canonical_call(**make_inputs(SPEC).kwargs)
+    for rounded, most in ((False, 8.0), (True, 2.0)):
+        whole = reference(call, chunk=Chunked(CHUNK, rounded) if rounded else CHUNK)
+        other = reference(call, chunk=Chunked(CHUNK, rounded, CUT))
+        ratio = other.state_bound / whole.state_bound
+        assert 1 < float(ratio[0].max()) < most

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import isokern
 from isokern import registry
+from isokern.registry.backend import Config
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.tools.gpu_test import (
     calls,
@@ -603,6 +604,27 @@ def test_a_config_with_other_bits_or_beyond_the_bound_is_found_out(on_cpu, monke
     monkeypatch.setattr(configs, "EQUAL_BITS", frozenset({"torch_vectorized"}))
     told = configs.examine_configs(second_is(nudge), spec)
     assert f"[{configs_of[1].label}]: other bits than [{configs_of[0].label}]" in told.faults
+
+
+def test_configs_that_cut_sequences_elsewhere_may_have_other_bits(on_cpu, monkeypatch):
+    spec = CaseSpec("small", (3, 0, 2, 1), k=16, v=8, io_dtype="float32")
+    monkeypatch.setattr(configs, "EQUAL_BITS", frozenset({"torch_vectorized"}))
+
+    def nudged_where(other, cuts):
+        def around(run, config, call):
+            out = run(call)
+            if config["cut"] == other:
+                out.view(torch.int32)[0, 0, 0, 0] += 1
+            return out
+
+        wrapped = Wrapped(backend("torch_vectorized"), around)
+        blocks = [config["block_kib"] for config in wrapped.configs(calls.call_of(spec, device="cpu").problem())]
+        offered = [Config.of(block_kib=block, cut=cut) for block, cut in zip(blocks, cuts, strict=False)]
+        monkeypatch.setattr(wrapped, "configs", lambda problem: offered)
+        return wrapped
+
+    assert configs.examine_configs(nudged_where(128, (64, 128)), spec).outcome is Outcome.PASS
+    assert configs.examine_configs(nudged_where(64, (64, 64)), spec).outcome is Outcome.PASS, "both are nudged"
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC  # noqa: E402
 from isokern.registry.varlen.layout import SequenceLayout  # noqa: E402
 
 torch.set_num_threads(1)
-VERIFY = "none" if "chunked" in NAME else "chain"  # a chunk does not form the states after each token
+VERIFY = (
+    "none" if NAME.startswith(("cupy_chunked", "cupy_cut")) else "chain"
+)  # a chunk does not form the states after each token
 VALID = CaseSpec("valid", (3, 0, 2), h=1, hv=2, k=8, v=6, padded=(2,), verify=VERIFY)
 MESSAGE = "this GPU is out of order"
 

@@ -33,6 +33,7 @@ def examine_configs(backend: Backend, spec: CaseSpec) -> Result:
         return Result(Outcome.SKIPPED, note=verdict.reason)
     configs, promised = backend.configs(problem), backend.name in EQUAL_BITS
     good: dict[Scalar, list[Written]] = {}
+    first: dict[Scalar, Config] = {}
     faults: list[str] = []
     for config in configs:
         call = call_of(spec)
@@ -43,9 +44,10 @@ def examine_configs(backend: Backend, spec: CaseSpec) -> Result:
         if any(same_bits(bits, known) for known in alike):
             continue
         if alike and promised:
-            faults.append(f"[{config.label}]: other bits than the first config with this cut")
+            faults.append(f"[{config.label}]: other bits than [{first[cut].label}]")
         found = wrong(call, exact(spec, backend, config))
         faults += [f"[{config.label}]: {fault}" for fault in found]
         if not found:
             alike.append(bits)
+            first.setdefault(cut, config)
     return Result.of(faults, f"{len(configs)} configs")

@@ -2,12 +2,14 @@
 
     python benchmarks/choice_quality.py --model qwen3-next-80b-a3b --tp 1 --tp 4 --save   # on the device there is
     python benchmarks/choice_quality.py --quick --tp 8 --device cpu                       # a minute or two
+    python benchmarks/choice_quality.py left-out STORE                                    # any store, no device
 
 Tunes the workload first (into the store at --root, if there is one), and then
  again       runs the same warm-up in a fresh process, which finds everything;
  planted     on a GPU, races wrong and broken kernels against a right one: each must be rejected for what it is;
  held out    draws shapes that were not tuned, lets the registry choose, and times every candidate;
  transfer    does the same on other lengths within each tuned problem's buckets: what the buckets cost;
+ left out    leaves each entry of the store out in turn, and compares what near ones say with what it holds;
  agreement   tunes a few problems again in fresh processes from empty stores, and counts who chooses the same;
  modes       compares the winners of eager and graph launch, problem by problem.
 """
@@ -25,6 +27,7 @@ from statistics import mean
 from typing import Annotated, Any
 
 import typer
+from choice_left_out import left_out
 from choice_planted import planted, planted_summary
 from choice_processes import agreement, look_up
 from choice_shapes import held_out_cases, task_of, transfer_tasks
@@ -102,6 +105,15 @@ def regret_summary(rows: Sequence[Row], what: str) -> dict[str, Any] | None:
     return {"count": len(found), "mean": mean(regrets), "worst": worst, "by_tuned_choice": tuned, "by_neighbour": near}
 
 
+def left_out_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """As :func:`regret_summary`, and what the heuristic order would lose on the same entries."""
+    found = regret_summary(rows, "left_out")
+    if found is None:
+        return None
+    default = [row.extra["default_regret"] for row in rows if row.extra["what"] == "left_out"]
+    return found | {"heuristic_mean": mean(default), "heuristic_worst": max(default)}
+
+
 def mode_summary(entries: Iterable[Entry]) -> dict[str, Any]:
     """Problems tuned in both launch modes: how many have another winner, and what the wrong one would cost."""
     pairs: dict[frozenset[tuple[str, Any]], dict[str, Entry]] = {}
@@ -167,8 +179,9 @@ def warmup_summary(reports: Sequence[WarmupReport], seconds: float, again: Seque
     }
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def run(
+    context: typer.Context,
     model: Annotated[str, typer.Option()] = "qwen3-next-80b-a3b",
     tp: Annotated[list[int] | None, typer.Option(help="numbers of ranks; repeatable (1)")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
@@ -186,6 +199,8 @@ def run(
     commit: Annotated[str | None, typer.Option(help="of this source, where git cannot tell")] = None,
 ) -> None:
     """Tune, measure, print; with --save also write the result file."""
+    if context.invoked_subcommand is not None:
+        return
     out = Console(width=140)
     tps = tp or [1]
     if quick:
@@ -210,11 +225,13 @@ def run(
         plans = [one.plan for one in reports]
         device, on_cpu = plans[0].device, plans[0].environment.device == "cpu"
         again = [look_up(model, ranks, device, where, tier) for ranks in tps]
+        rows += left_out(store.entries(plans[0].environment))
         modes = tuple(dict.fromkeys(p.task.recipe.mode for p in plans[0].problems))
         so_far(
             warmup=warmup_summary(reports, seconds, again),
             estimate=estimate_summary(reports),
             modes=mode_summary(item.entry for item in store.entries(plans[0].environment)),
+            left_out=left_out_summary(rows),
         )
         if not on_cpu:
             rows += planted(device, tuple(policy.value for policy in traps or ()) or modes, out)
@@ -232,6 +249,34 @@ def run(
         show(summary, out)
         if keep:
             out.print(str(save("choice", gpu_name(information), information, rows)))
+
+
+@app.command("left-out")
+def leave_out(
+    root: Annotated[Path, typer.Argument(help="a store's directory", exists=True, file_okay=False)],
+    report: Annotated[Path | None, typer.Option("--out", help="write the rows here, as JSON")] = None,
+) -> None:
+    """Choose for each entry of a store by the others, and compare with the times that it holds. Tunes nothing."""
+    out = Console(width=140)
+    rows = left_out(Store([Layer("explicit", root)]).entries())
+    summary = left_out_summary(rows)
+    if summary is None:
+        out.print(f"no entries in {root}", markup=False)
+        raise typer.Exit(1)
+    for row in sorted(rows, key=lambda row: -row.extra["regret"]):
+        found = row.extra
+        line = f"{row.case}: {found['rule']} {found['choice']} {100 * found['regret']:+.1f} % of {found['best']}"
+        out.print(f"{line}; heuristic {100 * found['default_regret']:+.1f} %", markup=False, highlight=False)
+    out.print(_left_out_text(summary), markup=False, highlight=False)
+    if report is not None:
+        content = {"summary": summary, "rows": [asdict(row) for row in rows]}
+        report.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _left_out_text(part: dict[str, Any]) -> str:
+    heuristic = f"{100 * part['heuristic_mean']:.2f} %, worst {100 * part['heuristic_worst']:.2f} %"
+    regret = f"mean regret {100 * part['mean']:.2f} %, worst {100 * part['worst']:.2f} %"
+    return f"{regret}, {part['count']} entries, {part['by_neighbour']} by near ones (the heuristic order: {heuristic})"
 
 
 def information_of(about: dict[str, Any], commit: str | None) -> dict[str, Any]:
@@ -263,6 +308,8 @@ def show(summary: dict[str, Any], out: Console) -> None:
             text = f"mean regret {100 * part['mean']:.2f} %, worst {100 * part['worst']:.2f} %, {part['count']} shapes"
             how = f"{part['by_tuned_choice']} by a tuned choice, {part['by_neighbour']} by a neighbour's"
             table.add_row(name.replace("_", " "), f"{text}, {how}")
+    if summary.get("left_out"):
+        table.add_row("left out", _left_out_text(summary["left_out"]))
     agreed, modes, estimate = summary["agreement"], summary["modes"], summary["estimate"]
     warm, bad = summary["warmup"], summary.get("planted")
     table.add_row(

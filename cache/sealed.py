@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 
 from .codec import Scalar
 from .environment import Environment
-from .found import Hit, Miss, Nearest
+from .found import Hit, Miss
+from .neighbours import Neighbour
 from .plan import Plan
 from .store import Store
 
@@ -50,6 +51,6 @@ class SealedStore(Store):
         key: Mapping[str, Scalar],
         sizes: Collection[str],
         environment: Environment,
-    ) -> list[Nearest]:
+    ) -> list[Neighbour]:
         """None: what is near in one rank's store need not be in another's."""
         return []

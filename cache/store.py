@@ -17,7 +17,7 @@ from .entry import Entry, key_hash
 from .environment import Environment
 from .found import MEMORY, Hit, Located, Miss, Nearest, closest
 from .layer import Layer
-from .neighbours import neighbours
+from .neighbours import Neighbour, neighbours
 
 __all__ = ["CacheWarning", "Store"]
 
@@ -152,7 +152,7 @@ class Store:
         key: Mapping[str, Scalar],
         sizes: Collection[str],
         environment: Environment,
-    ) -> list[Nearest]:
+    ) -> list[Neighbour]:
         """Entries for problems that differ in ``sizes`` alone, closest first; see :mod:`.neighbours`."""
         wanted = (op, contract_version)
         located = (x for x in self.entries(environment) if (x.entry.op, x.entry.contract_version) == wanted)

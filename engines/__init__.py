@@ -104,10 +104,24 @@ ENGINES: Mapping[str, EngineInfo] = MappingProxyType(
                 programs=("g++",),
             ),
             EngineInfo(
+                "cuda_on_cpu",
+                "composite_bf16",
+                "isokern.backends.composite.backend:CompositeBf16",
+                "isokern.engines.cuda_on_cpu.composite:load",
+                programs=("g++",),
+            ),
+            EngineInfo(
                 "triton_interpreter",
                 "triton",
                 "isokern.backends.triton.backend:Triton",
                 "isokern.engines.triton_interpreter.engine:load",
+                modules=("triton",),
+            ),
+            EngineInfo(
+                "triton_interpreter",
+                "triton_chunked",
+                "isokern.backends.triton_chunked.backend:TritonChunked",
+                "isokern.engines.triton_interpreter.chunked:load",
                 modules=("triton",),
             ),
             EngineInfo(

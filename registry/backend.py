@@ -44,7 +44,7 @@ class Chunked:
         tokens: of a chunk.
         rounded: products take bfloat16 operands; see ``Backend.accuracy``.
         cut: tokens of the segments that sequences are cut into, a multiple of ``tokens``, whose effects on the state
-            are found apart and joined; 0 where sequences are whole.
+            are found apart and joined; 0 where sequences are whole. Some of them may be whole all the same.
     """
 
     tokens: int
@@ -119,7 +119,8 @@ class Backend(ABC):
         accuracy: which error bound the op's reference gives it: float32 token by token (``recurrent``) or in chunks of
             the config's ``chunk`` tokens (``chunked``), or such chunks whose products take bfloat16 operands
             (``rounded``).
-        cuts: configs have a ``cut``: tokens of the segments that sequences are cut into, which the bound is made for.
+        cuts: configs have a ``cut``: tokens of the segments that sequences are cut into, which the bound is made for;
+            0 in one that leaves them whole.
         exceptions_file: path of the TOML file declaring reasoned exceptions from conformance checks, if any.
     """
 

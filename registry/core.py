@@ -14,11 +14,12 @@ from .accuracy import Accuracy, require
 from .backend import Backend, Config
 from .decision import Accepted, Rule
 from .dispatch import Dispatcher
-from .plugins import checked, load_attribute, plugins
-from .selection import Suggestion, Suggestions
+from .plugins import load_attribute, plugins
+from .selection import Suggestion, Suggestions, verdicts
 from .spec import OpSpec
 
 if TYPE_CHECKING:
+    from ..cache.candidate import CandidateRecord
     from ..cache.environment import Environment
     from ..cache.plan import Plan
     from ..cache.store import Store
@@ -266,25 +267,32 @@ class Registry:
         return Suggestions(tuple(found), tuple(notes))
 
     def _neighbours(self, spec: OpSpec, problem: Any, prints: Mapping[str, str]) -> list[Suggestion]:
-        """Choices tuned for other sizes, closest first, as far as they are offered for this one."""
+        """What is expected to be fastest by what was tuned for other sizes, as far as it is offered for this one."""
+        from .forecast import forecast
+
         sizes = getattr(problem, "sizes", ())
         if not sizes:
             return []
-        backends, found = self.backends(spec.name), []
         environment, key = self.environment(problem.device), problem.tuning_key()
-        for near in self.store.neighbours(spec.name, spec.contract_version, key, sizes, environment):
-            entry = near.located.entry
-            config = Config.from_dict(dict(entry.config))
-            backend = backends.get(entry.backend)
-            if backend is None or prints[entry.backend] != entry.chosen.fingerprint:
-                continue
-            if isinstance(checked(backend, problem), Accepted) and config in backend.configs(problem):
-                unlike = ", ".join(
-                    f"{name} {stored} for {wanted}" for name, (wanted, stored) in near.differences.items()
-                )
-                detail = f"{near.located.layer_name} store: tuned for a batch like it ({unlike})"
-                found.append(Suggestion(Rule.NEIGHBOUR, entry.backend, dict(entry.config), detail))
-        return found
+        near = self.store.neighbours(spec.name, spec.contract_version, key, sizes, environment)
+        if not near:
+            return []
+        backends = self.backends(spec.name)
+        able = [outcome.backend for outcome in verdicts(backends, problem) if isinstance(outcome.verdict, Accepted)]
+        if not able:
+            return []
+        first = able[0]  # known to lose or not, it would be the choice
+        promising = {name for name in able if name == first or backends[name].hopeless(problem) is None}
+
+        def offered(record: CandidateRecord) -> bool:
+            name, config = record.backend, Config.from_dict(dict(record.config))
+            return name in promising and config in backends[name].configs(problem)
+
+        default = f"{first}[{backends[first].configs(problem)[0].label}]"
+        found = forecast(near, offered, default, prints)
+        if found is None:
+            return []
+        return [Suggestion(Rule.NEIGHBOUR, found.record.backend, dict(found.record.config), found.text)]
 
     def _forget(self, op: str | None = None) -> None:
         for name, dispatcher in self._dispatchers.items():

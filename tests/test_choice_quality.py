@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 import isokern
 from isokern.autotune.policy import MeasurePolicy
 from isokern.autotune.regret import NothingToCompareError, lengths_in_bucket, measure_regret, split_regret
 from isokern.autotune.worker import Limits, Worker
-from isokern.cache import CandidateRecord
+from isokern.cache import CandidateRecord, Entry, Layer, Store
+from isokern.cache.environment import current_environment
+from isokern.cache.found import Located
 from isokern.registry.varlen.profile import VarlenProfile
 
 TESTS = Path(__file__).parent
@@ -35,6 +40,7 @@ load("record", BENCHMARKS)
 shapes = load("choice_shapes", BENCHMARKS)
 processes = load("choice_processes", BENCHMARKS)
 traps = load("choice_planted", BENCHMARKS)
+leaving = load("choice_left_out", BENCHMARKS)
 harness = load("choice_quality", BENCHMARKS)
 warmup_tests = load("test_warmup", TESTS)
 planted = warmup_tests.planted
@@ -214,6 +220,77 @@ def test_the_estimate_is_held_against_what_it_took():
     assert summary["text"] == "2 min 00 s of tuning, 1 min 20 s estimated"
     report.plan.estimate_s = 0.0
     assert harness.estimate_summary([report]) is None
+
+
+# ---- leaving out
+
+
+def stored(n, winner, medians, **key):
+    """An entry for decode of ``n`` rows; None in ``medians``: not called."""
+    records = [
+        CandidateRecord(name, {}, "ok", median_us=us, samples_us=(us,), fingerprint="f")
+        if us
+        else CandidateRecord(name, {}, "rejected", "slow", "?", fingerprint="f")
+        for name, us in medians.items()
+    ]
+    measured = {"policy": "graph", "created": "2026-01-01", "seconds": 1.0, "isokern": "0", "launches": 1, "method": ""}
+    entry = Entry(
+        op="x", contract_version=1, key={"n": n, "tokens": n, "longest": 1, "length_class": "decode", **key},
+        backend=winner, config={}, margin_over_runner_up=None, margin_over_default=None, rule="?",
+        candidates=(CandidateRecord("gone", {}, "rejected", "device", "?"), *records), measured=measured,
+        environment="e" * 16,
+    )  # fmt: skip
+    return Located(entry, None, None, None)
+
+
+def test_each_entry_is_chosen_for_by_the_others():
+    located = [
+        stored(4, "a", {"b": 2.0, "a": 1.0}),
+        stored(8, "a", {"b": 1.5, "a": 1.0}),
+        stored(16, "b", {"b": 1.0, "a": 1.2}),
+    ]
+    rows = leaving.left_out(located)
+    assert [row.backend for row in rows] == ["a", "a", "a"]
+    assert [row.extra["regret"] for row in rows] == [0.0, 0.0, pytest.approx(0.2)]
+    assert [row.extra["default_regret"] for row in rows] == [1.0, 0.5, 0.0], "the first that could run"
+    assert [(row.extra["rule"], row.extra["by"]) for row in rows] == [("neighbour", 2)] * 3
+    summary = harness.left_out_summary(rows)
+    assert (summary["count"], summary["by_neighbour"], summary["worst"]) == (3, 3, pytest.approx(0.2))
+    assert (summary["heuristic_mean"], summary["heuristic_worst"]) == (0.5, 1.0)
+
+
+def test_an_entry_that_none_is_near_is_left_to_the_heuristic_order():
+    located = [stored(4, "a", {"b": 1.1, "a": 1.0}), stored(4, "a", {"b": 1.1, "a": 1.0}, h=16)]
+    for row in leaving.left_out(located):
+        assert (row.extra["rule"], row.backend, row.extra["by"]) == ("heuristic", "b", 0)
+    assert harness.left_out_summary([]) is None
+
+
+def test_the_same_entry_in_another_layer_does_not_foretell_it():
+    same = {"b": 1.1, "a": 1.0}
+    assert [row.extra["rule"] for row in leaving.left_out([stored(4, "a", same), stored(4, "a", same)])] == [
+        "heuristic",
+        "heuristic",
+    ]
+
+
+def test_a_choice_that_was_too_slow_to_be_called_is_charged_a_factor_of_two():
+    located = [stored(4, "a", {"a": 1.0, "b": 1.5}), stored(8, "b", {"a": None, "b": 1.0})]
+    regrets = [row.extra["regret"] for row in leaving.left_out(located)]
+    assert regrets == [0.5, 1.0]
+
+
+def test_a_store_can_be_judged_without_a_device(tmp_path):
+    store = Store([Layer("explicit", tmp_path, writable=True)])
+    environment = current_environment("cpu")
+    for located in (stored(4, "a", {"b": 2.0, "a": 1.0}), stored(8, "a", {"b": 1.5, "a": 1.0})):
+        store.put(replace(located.entry, environment=environment.hash), environment)
+    found = CliRunner().invoke(harness.app, ["left-out", str(tmp_path), "--out", str(tmp_path / "rows.json")])
+    assert found.exit_code == 0, found.output
+    assert "mean regret 0.00 %, worst 0.00 %, 2 entries, 2 by near ones" in found.output
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+    (tmp_path / "empty").mkdir()
+    assert CliRunner().invoke(harness.app, ["left-out", str(tmp_path / "empty")]).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -11,27 +11,36 @@ import torch
 
 from isokern import registry
 from isokern.autotune.candidates import admit
-from isokern.backends.composite.backend import Composite
+from isokern.backends.composite import bound
+from isokern.backends.composite.backend import Composite, CompositeBf16
+from isokern.backends.composite.bound import common, covers
 from isokern.backends.composite.part import Part
 from isokern.backends.composite.runner import MOST_BOUND, MOST_RUNS
 from isokern.backends.composite.space import MOST_CONFIGS
 from isokern.backends.composite.streams import SideStreams
 from isokern.backends.torch_native.backends import TorchReference
+from isokern.cache import CandidateRecord, Entry, Layer, Store
 from isokern.errors import ForkedProcessError, NoBackendError
-from isokern.registry.backend import Backend, Config
+from isokern.registry.backend import Backend, Chunked, Config
+from isokern.registry.conformance.check import PredicateFault
 from isokern.registry.conformance.gate import gate
+from isokern.registry.conformance.subject import chunk_of
 from isokern.registry.core import Registry
-from isokern.registry.decision import Accepted, RejectCode, Rejected
+from isokern.registry.decision import Accepted, RejectCode, Rejected, Rule
 from isokern.registry.forks import Forks
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial, bits
 from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin
 from isokern.registry.ops.fused_sigmoid_gating.describe import describe
+from isokern.registry.ops.fused_sigmoid_gating.reference import reference
+from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
+from isokern.registry.selection import verdicts
 from isokern.registry.varlen.profile import VarlenProfile
 
 OP = "fused_sigmoid_gating"
 MIXED = CaseSpec("63x1+1x2048", (1,) * 63 + (2048,), h=16, hv=32, k=128, v=128, as_layout=True)
 SMALL = CaseSpec("small", (1, 1, 20, 0, 9, 1, 0), h=1, hv=2, k=8, v=12, as_layout=True)
+HEAVY = SMALL.but(name="heavy", lengths=(1,) * 7 + (40,))
 
 
 class Noting(Backend):
@@ -41,15 +50,18 @@ class Noting(Backend):
     provenance = "torch"
     tags = frozenset({"repeatable"})
 
-    def __init__(self, name, rank=10, chunks=(), accepts=lambda problem: True):
+    def __init__(self, name, rank=10, chunks=(), accepts=lambda problem: True, cuts=None, rounds=False):
         self.name, self.priority, self.chunks, self.accepts = name, rank, chunks, accepts
-        self.accuracy = "chunked" if chunks else "recurrent"
+        self.accuracy = "rounded" if rounds else "chunked" if chunks else "recurrent"
+        self.cuts, self.cuts_of = cuts is not None, cuts
         self.bound, self.calls, self.pinned = [], [], []
 
     def check(self, problem):
         return Accepted() if self.accepts(problem) else Rejected(RejectCode.FEATURE, "not this one")
 
     def configs(self, problem):
+        if self.cuts:
+            return tuple(Config.of(chunk=c, cut=cut) for c in self.chunks for cut in self.cuts_of(problem))
         return tuple(Config.of(chunk=c) for c in self.chunks) or (Config(),)
 
     def bind(self, problem, config):
@@ -68,8 +80,8 @@ class Noting(Backend):
         return Run()
 
 
-def made_of(*parts: Backend) -> Composite:
-    return Composite(lambda: {part.name: part for part in parts})
+def made_of(*parts: Backend, kind: type[Composite] = Composite) -> Composite:
+    return kind(lambda: {part.name: part for part in parts})
 
 
 def pair(**options) -> tuple[Noting, Noting, Composite]:
@@ -77,8 +89,8 @@ def pair(**options) -> tuple[Noting, Noting, Composite]:
     return short, long, made_of(short, long)
 
 
-def config_of(short="walks", long="chunks[chunk=16]", threshold=4, streams=1, chunk=16) -> Config:
-    return Config.of(chunk=chunk, long=long, short=short, streams=streams, threshold=threshold)
+def config_of(short="walks", long="chunks[chunk=16]", threshold=4, streams=1, chunk=16, cut=0) -> Config:
+    return Config.of(chunk=chunk, cut=cut, long=long, short=short, streams=streams, threshold=threshold)
 
 
 def lengths_of(calls) -> list[tuple[int, ...]]:
@@ -160,9 +172,11 @@ def test_every_config_is_a_few_scalars_that_name_registered_backends(device, len
     known = registry.backends(OP)
     for config in offered:
         parts = [Part.parse(config[side]) for side in ("short", "long")]
-        assert {part.backend for part in parts} <= set(known) - {"composite"}
+        assert {part.backend for part in parts} <= set(known) - {"composite", "composite_bf16"}
         chunks = [int(found[1]) if (found := re.search(r"\bchunk=(\d+)", part.label)) else 0 for part in parts]
         assert config["chunk"] == max(chunks), "the bound is that of the longest chunk"
+        cut = re.search(r"\bcut=(\d+)", parts[1].label)
+        assert config["cut"] == (int(cut[1]) if cut else 0)
         assert 1 <= config["threshold"] < problem.profile.longest
         assert config["streams"] == 1 or device == "cuda"
         assert Config.from_dict(config.to_dict()) == config
@@ -422,7 +436,7 @@ def test_a_backend_that_declines_a_run_gives_way_to_the_first_that_accepts():
 
 def test_no_part_breaks_the_bound_that_is_promised():
     only = Noting("chunks", chunks=(16,))
-    with pytest.raises(NoBackendError, match="no chunk of 8 tokens or fewer"):
+    with pytest.raises(NoBackendError, match="no config within the bound for chunks of 8 tokens"):
         made_of(only).bind(describe(MIXED, "cpu"), config_of(short="chunks", chunk=8))
 
 
@@ -483,10 +497,282 @@ def test_through_the_registry():
     assert op.decide(**kwargs, backend="composite").config["short"] == "numba_cpu"
 
 
+# ---- parts that cut sequences into segments
+
+
+def test_what_cuts_runs_long_sequences_and_the_config_says_where_it_cuts():
+    cuts = Noting("cuts", 30, chunks=(16,), cuts=lambda problem: (32, 64))
+    both = made_of(Noting("walks", 20), cuts, Noting("chunks", 10, chunks=(16,)))
+    offered = both.configs(describe(MIXED, "cpu"))
+    assert offered[0] == config_of(long="cuts[chunk=16,cut=32]", threshold=32, cut=32)
+    assert {(c["long"], c["cut"]) for c in offered} == {
+        ("cuts[chunk=16,cut=32]", 32),
+        ("cuts[chunk=16,cut=64]", 64),
+        ("chunks[chunk=16]", 0),
+        ("walks", 0),
+    }
+    assert {c["short"] for c in offered} == {"walks", "chunks[chunk=16]"}, "nothing cuts short sequences"
+
+
+def test_what_cuts_is_tried_further_down_the_order_but_not_where_it_is_known_to_lose():
+    walks, chunks = Noting("walks", 30), [Noting(f"chunks {i}", 20 - i, chunks=(16,)) for i in range(3)]
+    cuts = Noting("cuts", 1, chunks=(16,), cuts=lambda problem: (32,))
+    both, problem = made_of(walks, *chunks, cuts), describe(MIXED, "cpu")
+    assert "cuts[chunk=16,cut=32]" in {c["long"] for c in both.configs(problem)}
+    cuts.hopeless = lambda problem: "too short"
+    assert "cuts[chunk=16,cut=32]" not in {c["long"] for c in both.configs(problem)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "together"),
+    [
+        ((Chunked(0), Chunked(64)), Chunked(64)),
+        ((Chunked(16), Chunked(64)), Chunked(64)),
+        ((Chunked(0), Chunked(64, cut=256)), Chunked(64, cut=256)),
+        ((Chunked(64), Chunked(64, True, 256)), Chunked(64, True, 256)),
+        ((Chunked(64, True), Chunked(64, cut=256)), Chunked(64, True, 256)),
+        (
+            (Chunked(128), Chunked(64, True)),
+            None,
+        ),  # 64: states are rounded twice as often as by 128
+        ((Chunked(128), Chunked(64, cut=192)), None),  # 192 is no multiple of 128
+        ((Chunked(64, cut=128), Chunked(64, cut=256)), None),
+    ],
+)
+def test_two_parts_have_a_bound_in_common_or_none(parts, together):
+    assert common(*parts) == common(*reversed(parts)) == together
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"),
+    [
+        (Chunked(64), Chunked(128)),
+        (Chunked(64), Chunked(64, True)),
+        (Chunked(64), Chunked(64, cut=128)),
+        (Chunked(64, cut=256), Chunked(64, cut=128)),
+        (Chunked(64, cut=256), Chunked(64, cut=512)),
+        (Chunked(64, True), Chunked(16, True)),
+    ],
+)
+def test_a_bound_does_not_cover_what_errs_otherwise(whole, part):
+    assert not covers(whole, part)
+
+
+def test_a_batch_with_no_bound_in_common_is_declined():
+    parts = Noting("fine", 10, chunks=(16,), cuts=lambda problem: (48,)), Noting("coarse", 20, chunks=(32,))
+    both = made_of(*parts)
+    parts[1].accepts = lambda problem: problem.profile.longest == 1
+    verdict = both.check(describe(MIXED, "cpu"))
+    assert not verdict
+    assert "no error bound covers both parts" in verdict.reason
+
+
+def test_the_suite_and_the_tuner_take_the_bound_from_the_config():
+    assert chunk_of(Composite(), config_of(chunk=0)) == 0
+    assert chunk_of(Composite(), config_of()) == 16
+    assert chunk_of(Composite(), config_of(cut=32)) == Chunked(16, False, 32)
+    assert chunk_of(CompositeBf16(), config_of()) == Chunked(16, True)
+    assert chunk_of(CompositeBf16(), config_of(cut=32)) == Chunked(16, True, 32)
+    with pytest.raises(PredicateFault, match="a backend that cuts sequences needs a cut"):
+        chunk_of(Composite(), Config.of(chunk=16))
+
+
+def test_a_run_is_cut_where_the_config_says_whatever_is_offered_for_its_own_lengths():
+    cuts = Noting("cuts", 30, chunks=(16,), cuts=lambda problem: (problem.profile.tokens,))
+    both = made_of(Noting("walks", 20), cuts)
+    for lengths in ((1,) * 7 + (40,), (1,) * 3 + (40, 40)):
+        call = Trial.of(SMALL.but(lengths=lengths)).call
+        config = both.configs(call.problem())[0]
+        assert config["cut"] == 64
+        both.bind(call.problem(), config)(call)
+        problem, bound_to = cuts.bound[-1]
+        assert bound_to["cut"] == 64
+    assert problem.profile.tokens == 128, "offered for this run alone: another cut"
+
+
+@pytest.mark.parametrize("cut", [0, 16, 48])
+def test_a_config_that_misstates_the_cut_never_runs_what_cuts(cut):
+    cuts = Noting("cuts", 30, chunks=(16,), cuts=lambda problem: (32,))
+    walks = Noting("walks", 20)
+    call = Trial.of(SMALL).call
+    made_of(walks, cuts).bind(call.problem(), config_of(long="cuts[chunk=16,cut=32]", cut=cut))(call)
+    assert not cuts.calls
+    assert lengths_of(walks.calls) == [(1, 1), (20, 0, 9), (1, 0)]
+
+
+class AtItsBound(Noting):
+    """Errs in one value by most of what its own bound allows: by more than that of float32 and whole sequences does."""
+
+    def bind(self, problem, config):
+        inner = super().bind(problem, config)
+
+        def run(call):
+            own = reference(call, chunk=Chunked(config["chunk"], self.accuracy == "rounded", config["cut"]))
+            whole = reference(call, chunk=config["chunk"])
+            out = inner(call)
+            wider = own.o_bound > 1.2 * whole.o_bound
+            assert wider.any()
+            least = torch.where(wider, own.o_bound, torch.inf).argmin()  # so that the sum of errors stays small
+            at = torch.unravel_index(least, own.o_bound.shape)
+            out[0][at] = (own.o + 0.95 * own.o_bound)[at].to(out.dtype)
+            return out
+
+        return run
+
+
+LONG = CaseSpec("long", (1,) * 7 + (300,), h=1, hv=2, k=8, v=40, as_layout=True, io_dtype="float32")
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [(Composite, False), (CompositeBf16, True)])
+def test_an_understated_cut_does_not_pass_the_gate(kind, rounds, monkeypatch, record_property):
+    """What cuts is within the bound of its cut; planted: nothing asks whether the bound of the whole covers a part."""
+    spec = LONG.but(distribution="long_memory")
+    at = AtItsBound("at", chunks=(16,), cuts=lambda problem: (32,), rounds=rounds)
+    walks = Noting("walks", 20)
+    both = made_of(walks, at, kind=kind)
+    config = both.configs(describe(spec, "cpu"))[0]
+    assert (config["long"], config["cut"]) == ("at[chunk=16,cut=32]", 32)
+    right = gate(OP, both, config, spec, adversarial=spec, seeds=(0,))
+    assert right.ok, right.reason
+    assert right.worst_ratio > 0.9
+    monkeypatch.setattr(bound, "covers", lambda whole, part: True)
+    exact, understated = made_of(walks, at), Config.from_dict(config.to_dict() | {"cut": 0})
+    exact.parts, exact.configs = both.parts, lambda problem: (understated,)
+    found = gate(OP, exact, understated, spec, adversarial=spec, seeds=(0,))
+    assert found.code is RejectCode.WRONG
+    assert "times its error bound away" in found.reason
+    record_property("planted fault", f"{both.name}   {'a config that understates its cut':40} rejected by the gate")
+
+
+# ---- parts that round operands
+
+
+def trio(kind=CompositeBf16, **options):
+    parts = Noting("walks", 30), Noting("chunks", 20, chunks=(16,)), Noting("rounds", 10, chunks=(16,), rounds=True)
+    return made_of(*parts, *options.pop("more", ()), kind=kind)
+
+
+def test_only_the_rounded_composite_has_parts_that_round():
+    assert set(trio(Composite).parts()) == {"walks", "chunks"}
+    assert set(trio().parts()) == {"walks", "chunks", "rounds"}
+    assert "cupy_chunked_bf16" not in Composite().parts()
+    assert {"cupy_chunked_bf16", "cupy_cut_bf16", "cupy_cut", "cupy"} <= set(CompositeBf16().parts())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_one_part_at_least_rounds(device):
+    cuts = Noting("cuts", 5, chunks=(16,), cuts=lambda problem: (32,), rounds=True)
+    offered = trio(more=[cuts]).configs(describe(MIXED, device, 90))
+    assert (offered[0]["short"], offered[0]["long"]) == ("walks", "rounds[chunk=16]")
+    assert {config["long"] for config in offered} == {"rounds[chunk=16]", "cuts[chunk=16,cut=32]"}
+    assert "chunks[chunk=16]" in {config["short"] for config in offered}
+    exact = trio(Composite, more=[cuts]).configs(describe(MIXED, device, 90))
+    assert not any("rounds" in config["long"] or "cuts" in config["long"] for config in exact)
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "code", "reason"),
+    [
+        (MIXED, "cpu", RejectCode.DEVICE, "cupy_chunked_bf16: runs on NVIDIA GPUs"),
+        (MIXED.but(io_dtype="float16"), "cuda", RejectCode.DTYPE, "cupy_chunked_bf16: takes q and k as bfloat16"),
+        (MIXED.but(is_kda=True), "cuda", RejectCode.FEATURE, "KDA"),
+        (MIXED.but(verify="chain"), "cuda", RejectCode.FEATURE, "after each of its tokens"),
+        (MIXED.but(as_layout=False), "cuda", RejectCode.FEATURE, "SequenceLayout"),
+        (MIXED.but(lengths=(64,) * 4), "cuda", RejectCode.SHAPE, "nothing to split"),
+    ],
+)
+def test_where_nothing_rounds_the_part_says_why(spec, device, code, reason):
+    verdict = CompositeBf16().check(describe(spec, device, 90))
+    assert isinstance(verdict, Rejected)
+    assert verdict.code is code
+    assert reason in verdict.reason
+
+
+def test_without_a_backend_that_rounds_there_is_no_rounded_composite():
+    verdict = made_of(Noting("walks"), kind=CompositeBf16).check(describe(MIXED, "cpu"))
+    assert not verdict
+    assert "none of the backends that could run a part rounds" in verdict.reason
+
+
+def own_registry(tmp_path) -> Registry:
+    """Of both composites of one trio."""
+    mine = Registry({}, load_plugins=False)
+    mine.register_op(SPEC)
+    for kind in (Composite, CompositeBf16):
+        mine.register_backend(trio(kind))
+    mine.use_store(Store([Layer("explicit", tmp_path, writable=True)]))
+    return mine
+
+
+def test_it_is_a_candidate_where_rounded_operands_are_allowed_alone(tmp_path):
+    mine = own_registry(tmp_path)
+    for accuracy, admitted in (("float32", {"composite"}), ("rounded", {"composite", "composite_bf16"})):
+        problem = describe(MIXED, "cpu", accuracy=accuracy)
+        assert {c.backend for c in admit(mine, OP, problem).candidates} == admitted
+    unasked, named = (
+        {o.backend: o.verdict for o in verdicts(mine.backends(OP), describe(MIXED, "cpu"), names)}["composite_bf16"]
+        for names in ((), {"composite_bf16"})
+    )
+    assert (unasked.code, bool(named)) == (RejectCode.POLICY, True)
+
+
+def test_its_configs_come_back_from_a_store(tmp_path):
+    mine = own_registry(tmp_path)
+    problem, environment = describe(HEAVY, "cpu", accuracy="rounded"), mine.environment("cpu")
+    cuts = Noting("cuts", 5, chunks=(16,), cuts=lambda problem: (32,), rounds=True)
+    for config in trio(more=[cuts]).configs(problem):
+        values = config.to_dict()
+        record = CandidateRecord(
+            "composite_bf16", values, "ok", median_us=1.0, samples_us=(1.0,),
+            fingerprint=mine.fingerprint(OP, "composite_bf16"),
+        )  # fmt: skip
+        entry = Entry(
+            op=OP, contract_version=SPEC.contract_version, key=problem.tuning_key(), environment=environment.hash,
+            backend="composite_bf16", config=values, rule="made up", candidates=(record,), margin_over_runner_up=None,
+            margin_over_default=None, measured={
+                "policy": "eager", "created": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "isokern": "0",
+                "launches": 1, "method": "made up",
+            },
+        )  # fmt: skip
+        mine.store.put(entry, environment)
+        mine.refresh()
+        decision = mine.dispatcher(OP).decide(problem)
+        assert (decision.rule, decision.backend) == (Rule.TUNED_USER, "composite_bf16")
+        assert Config.from_dict(decision.config) == config
+        for side in ("short", "long"):
+            assert str(Part.parse(config[side])) == config[side]
+
+
+ROWS = MIXED.but(lengths=(1,) * 130 + (2048,))
+
+
+@pytest.mark.parametrize(
+    ("spec", "accuracy", "first"),
+    [
+        (ROWS, "float32", "composite"),
+        (ROWS, "rounded", "composite_bf16"),
+        (ROWS.but(h=4, hv=8), "float32", "composite"),
+        (ROWS.but(h=4, hv=8), "rounded", "composite_bf16"),
+        (ROWS.but(io_dtype="float16"), "rounded", "composite"),
+        (ROWS.but(is_kda=True), "rounded", "cupy"),
+        (MIXED, "float32", "composite"),
+        (MIXED, "rounded", "cupy_chunked_bf16"),  # in buckets 64 tokens a sequence: mostly prompts
+        (MIXED.but(h=4, hv=8), "float32", "cupy_cut"),
+        (MIXED.but(h=4, hv=8), "rounded", "cupy_cut_bf16"),
+        (MIXED.but(lengths=(6000, *[64] * 31)), "float32", "composite"),
+        (MIXED.but(lengths=(6000, *[64] * 31)), "rounded", "cupy_chunked_bf16"),
+        (MIXED.but(lengths=(256,) * 16 + (1,) * 48), "rounded", "cupy_chunked_bf16"),  # mild
+        (MIXED.but(lengths=(1,) * 64), "rounded", "cupy"),
+    ],
+)
+def test_the_first_choice_under_either_policy(spec, accuracy, first):
+    """Mostly rows: rounded parts where allowed. Mostly prompts: left whole to what cuts, or where allowed, rounds."""
+    own = {name: b for name, b in registry.backends(OP).items() if name.startswith(("cupy", "composite"))}
+    problem = describe(spec, "cuda", 90, accuracy=accuracy)
+    assert next(o.backend for o in verdicts(own, problem) if o.verdict) == first
+
+
 # ---- in the tuner
-
-
-HEAVY = SMALL.but(name="heavy", lengths=(1,) * 7 + (40,))
 
 
 def test_it_is_admitted_with_every_config_beside_the_others():

@@ -36,7 +36,8 @@ def on_gpu(spec):
 
 
 def test_they_are_registered_and_each_has_an_engine():
-    assert {*GPU, CHUNKED, ROUNDED, *CUT} == set(ENGINES) < set(registry.backends(OP))
+    own = {*GPU, CHUNKED, "triton_chunked", ROUNDED, *CUT, "composite_bf16"}
+    assert own == set(ENGINES) < set(registry.backends(OP))
 
 
 def test_rounded_operands_are_for_those_who_name_them():
@@ -97,6 +98,28 @@ def test_prompts_go_to_the_chunked_one_and_the_rest_to_the_recurrent_ones():
     prompt, short = on_gpu(BASE.but(lengths=(2000,), padded=())), on_gpu(BASE)
     assert chunked.rank(prompt) > recurrent.rank(prompt)
     assert chunked.rank(short) < recurrent.rank(short)
+
+
+def test_the_triton_one_takes_gates_by_key_and_is_left_to_the_tuner():
+    backend = registry.backends(OP)["triton_chunked"]
+    prompt = BASE.but(lengths=(2000,), padded=(), h=1, hv=4, k=128, v=128)
+    for spec in (prompt, prompt.but(is_kda=True), prompt.but(k=96, v=192, io_dtype="float32")):
+        problem = on_gpu(spec)
+        assert backend.check(problem)
+        assert backend.rank(problem) < min(registry.backends(OP)[name].rank(problem) for name in GPU)
+        assert all(config["chunk"] == 64 for config in backend.configs(problem))
+        assert backend.hopeless(problem) is None
+    assert backend.check(describe(prompt.but(is_kda=True), "cuda", 100)).code is RejectCode.ARCH
+    assert backend.check(describe(prompt, "cuda", 100))
+    for spec, code in ((BASE.but(verify="chain"), RejectCode.FEATURE), (BASE.but(k=512), RejectCode.SHAPE)):
+        assert backend.check(on_gpu(spec)).code is code
+    assert "16 tokens" in backend.hopeless(on_gpu(BASE.but(lengths=(8, 16), padded=())))
+
+
+@pytest.mark.parametrize(("n", "hv", "columns"), [(8, 32, 64), (1, 32, 16), (4, 32, 64), (1, 64, 32)])
+def test_the_triton_one_has_as_many_columns_as_still_fill_the_chip(n, hv, columns):
+    spec = BASE.but(lengths=(500,) * n, padded=(), h=hv, hv=hv, k=128, v=128)
+    assert registry.backends(OP)["triton_chunked"].configs(on_gpu(spec))[0]["v_tile"] == columns
 
 
 def test_sequences_are_cut_where_few_heads_leave_the_chip_idle_for_long():

@@ -92,6 +92,45 @@ def test_strides_of_an_engines_rows_need_nothing_else():
     assert compiler.expected() == (Variant(layout.key, wide=True),)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in CASES if spec is not TREE], ids=lambda spec: spec.name)
+def test_the_chunked_triton_kernels_share_a_workspace_that_is_no_tensor_of_the_call(spec):
+    from isokern.backends.triton_chunked.backend import TritonChunked
+    from isokern.backends.triton_chunked.launcher import compilers
+
+    problem = problem_of(spec)
+    config = TritonChunked().configs(problem)[0]
+    call = call_of(spec)
+    made = compilers(problem, config, TritonChunked.pieces)
+    assert [compiler.form.function.__name__ for compiler in made] == ["prepare", "scan"]
+    for compiler in made:
+        layout = compiler.layout(call)
+        (expected,) = compiler.expected()
+        assert expected == Variant(layout.key, wide=True)
+        named = zip(compiler.form.function.arg_names, layout.key.types, strict=True)
+        pointers = [name for name, kind in named if kind.startswith("*")]  # the first of its parameters
+        assert layout.scratch == 8 * pointers.index("workspace")
+        assert layout.scratch not in [at for _, at in layout.places]
+    grids = [compiler.layout(call).grid for compiler in made]
+    assert grids[0] == (_slots(spec) * spec.hv, 1, 1)
+    assert grids[1][1] == len(spec.lengths)
+
+
+def _slots(spec):
+    if spec.varlen:
+        return sum(spec.lengths) // 64 + len(spec.lengths)
+    return len(spec.lengths) * -(-spec.lengths[0] // 64)
+
+
+@pytest.mark.parametrize("series", ["lengths and their number", "slots", "batches"])
+def test_the_chunked_triton_kernels_serve_any_lengths(series):
+    from isokern.backends.triton_chunked.backend import TritonChunked
+    from isokern.backends.triton_chunked.launcher import compilers
+
+    problem = problem_of(SERIES[series][0])
+    for compiler in compilers(problem, TritonChunked().configs(problem)[0], TritonChunked.pieces):
+        assert len({compiler.layout(call_of(spec)).key for spec in SERIES[series]}) == 1
+
+
 SERIES = {
     "lengths and their number": [PROMPTS.but(lengths=n) for n in ((9, 4), (16,), (1, 7, 33, 2, 2), (32,) * 3, (1,))],
     "slots": [PROMPTS, PROMPTS.but(extra_slots=40), PROMPTS.but(padded=(1,))],

@@ -1,4 +1,4 @@
-"""What was tuned for a batch of about this size serves one that nothing was tuned for, where it is offered there."""
+"""What was tuned for batches of about this size serves one that nothing was tuned for, where it is offered there."""
 
 from __future__ import annotations
 
@@ -63,16 +63,23 @@ def registry(tmp_path):
     return made
 
 
-def tune(registry, problem, tile, fingerprint=None):
+def tune(registry, problem, tile, fingerprint=None, **losers):
+    """``losers``: microseconds by backend, which runs with a tile of 1; the winner takes one."""
     environment = registry.environment("cpu")
     spec = registry.spec(OP)
     record = CandidateRecord(
         "tiled", {"tile": tile}, "ok", median_us=1.0, samples_us=(1.0,),
         fingerprint=fingerprint or registry.fingerprint(OP, "tiled"),
     )  # fmt: skip
+    others = tuple(
+        CandidateRecord(
+            name, {"tile": 1}, "ok", median_us=us, samples_us=(us,), fingerprint=registry.fingerprint(OP, name)
+        )
+        for name, us in losers.items()
+    )
     entry = Entry(
         op=OP, contract_version=spec.contract_version, key=problem.tuning_key(), environment=environment.hash,
-        backend="tiled", config={"tile": tile}, rule="made up", candidates=(record,),
+        backend="tiled", config={"tile": tile}, rule="made up", candidates=(record, *others),
         margin_over_runner_up=None, margin_over_default=None,
         measured=MEASURED,
     )  # fmt: skip
@@ -98,7 +105,33 @@ class TestDecision:
         found = decide(registry, DECODE_16)
         assert (found.rule, found.backend, found.config) == (Rule.NEIGHBOUR, "tiled", {"tile": 2})
         assert "n 8 for 16" in found.detail
+        assert "n 64 for 16" not in found.detail, "it does not know that tile"
         assert any("not tuned" in note for note in found.notes)
+
+    def test_between_two_sizes_runs_what_loses_least_at_both(self, registry):
+        tune(registry, problem(*(1,) * 64), 2, first=1.05)
+        tune(registry, problem(*(1,) * 4), 1, first=1.5)
+        tune(registry, problem(*(1,) * 8), 1, first=1.01)
+        found = decide(registry, DECODE_16)
+        assert (found.rule, found.backend) == (Rule.NEIGHBOUR, "tiled")
+        tune(registry, problem(*(1,) * 4), 2, first=0.5)
+        tune(registry, problem(*(1,) * 8), 2, first=0.9)
+        found = decide(registry, DECODE_16)
+        assert (found.rule, found.backend, found.config) == (Rule.NEIGHBOUR, "first", {"tile": 1})
+        assert "by 3 batches like it" in found.detail
+        assert {f"n {n} for 16" in found.detail for n in (4, 8, 64)} == {True}
+
+    def test_the_heuristic_choice_stays_where_the_winner_promises_hardly_more(self, registry):
+        tune(registry, problem(*(1,) * 8), 2, first=1.005)
+        found = decide(registry, DECODE_16)
+        assert (found.rule, found.backend) == (Rule.NEIGHBOUR, "first")
+        assert "expected to lose 0.5 % to the best, the heuristic choice 0.5 %" in found.detail
+
+    def test_a_backend_that_is_known_to_lose_at_this_size_does_not_serve_it(self, registry):
+        tune(registry, problem(*(1,) * 8), 2)
+        registry.unregister_backend(OP, "tiled")
+        registry.register_backend(Hopeless())
+        assert decide(registry, DECODE_16).rule is Rule.HEURISTIC
 
     def test_what_was_tuned_for_this_very_size_comes_first(self, registry):
         tune(registry, problem(*(1,) * 8), 2)
@@ -141,6 +174,14 @@ class Narrow(Tiled):
         return Tiled().fingerprint()
 
 
+class Hopeless(Tiled):
+    def hopeless(self, problem):
+        return "slow"
+
+    def fingerprint(self):
+        return Tiled().fingerprint()
+
+
 def located(**key):
     base = {"op": "x", "n": 16, "tokens": 64, "longest": 4, "length_class": "uniform"}
     record = CandidateRecord("b", {}, "ok", median_us=1.0, samples_us=(1.0,))
@@ -159,17 +200,23 @@ class TestDistance:
     def order(self, *keys):
         return [n.located.entry.key for n in neighbours([located(**k) for k in keys], KEY, SIZES)]
 
+    def test_the_longest_counts_twice_as_much_as_tokens_or_sequences(self):
+        found = neighbours([located(longest=8), located(tokens=128), located(n=32)], KEY, SIZES)
+        assert [near.away for near in found] == [0.5, 0.5, 1.0]
+
     def test_doublings_of_all_counts_add_up(self):
         near, far = {"n": 32, "tokens": 128}, {"tokens": 512}
         assert [k["tokens"] for k in self.order(far, near)] == [128, 512]
+        assert neighbours([located(**near, longest=1)], {**KEY, "longest": 1}, SIZES)[0].away == 1.0, "in decode"
 
     def test_beyond_the_farthest_nothing_is_near(self):
-        assert self.order({"tokens": 64 << int(FARTHEST)})
-        assert not self.order({"tokens": 64 << int(FARTHEST) + 1})
+        assert FARTHEST == 4.0
+        assert self.order({"longest": 64})
+        assert not self.order({"longest": 65})
 
     def test_another_class_of_lengths_weighs_two_doublings(self):
-        found = self.order({"length_class": "heavy"}, {"tokens": 128}, {"tokens": 512})
-        assert [(k["length_class"], k["tokens"]) for k in found] == [("uniform", 128), ("heavy", 64), ("uniform", 512)]
+        found = self.order({"length_class": "heavy"}, {"longest": 8}, {"longest": 32})
+        assert [(k["length_class"], k["longest"]) for k in found] == [("uniform", 8), ("heavy", 4), ("uniform", 32)]
 
     def test_a_length_that_is_not_known_is_near_those_that_are(self):
         key = {name: value for name, value in KEY.items() if name != "longest"}

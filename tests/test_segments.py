@@ -147,3 +147,30 @@ def test_cutting_widens_the_bound_little():
         other = reference(call, chunk=Chunked(CHUNK, rounded, CUT))
         ratio = other.state_bound / whole.state_bound
         assert 1 < float(ratio[0].max()) < most
+
+
+@pytest.mark.parametrize("spec", SPECS[:4], ids=lambda spec: spec.distribution)
+@pytest.mark.parametrize("operand", [exact, to_bfloat], ids=["float32", "rounded"])
+def test_whole_sequences_are_within_the_bound_of_cut_ones(spec, operand, monkeypatch):
+    """A backend may cut some sequences of a batch and leave others whole: one bound is for both."""
+    call = canonical_call(**make_inputs(spec).kwargs)
+    ref = reference(call, chunk=Chunked(CHUNK, operand is to_bfloat, CUT))
+    call.out = torch.zeros_like(call.v)
+    monkeypatch.setitem(globals(), "CUT", 1024)
+    for n in range(call.n):
+        for head in range(call.hv):
+            Evaluation(call, n, head, operand, exact if operand is to_bfloat else to_float).run(None)
+    judgement = judge(call, call.out, ref)
+    assert judgement.ok, judgement.faults
+
+
+@pytest.mark.parametrize(("chunk", "cut"), [(1, 1), (1, 2), (CHUNK, CUT)])
+def test_with_rounded_operands_it_is_never_below_that_of_whole_sequences(chunk, cut):
+    """A state along the keys: columns reinforce each other, and one rounding of their sum is the larger error."""
+    call = canonical_call(**make_inputs(SPEC.but(distribution="equal_keys", lengths=(130,), k=64, v=8)).kwargs)
+    key = normalise(call.k[0, 0].double()).repeat_interleave(2, 0)
+    start = 100 * key[None, :, :, None].expand(1, 2, 64, 8)
+    whole = reference(call, chunk=Chunked(chunk, True), initial=start)
+    other = reference(call, chunk=Chunked(chunk, True, cut), initial=start)
+    for name in ("o_bound", "state_bound", "o_noise", "state_noise"):
+        assert bool((getattr(other, name) >= (1 - 1e-9) * getattr(whole, name)).all()), name

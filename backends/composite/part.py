@@ -10,7 +10,7 @@ from ...registry.backend import Backend, Config, works_in_chunks
 from ...registry.decision import Accepted
 from ...registry.plugins import checked
 
-__all__ = ["Part", "capable", "chunk_of", "config_for"]
+__all__ = ["Part", "capable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,6 @@ class Part:
         return cls(backend.name, config.label if works_in_chunks(backend) else "")
 
 
-def chunk_of(backend: Backend, config: Config) -> int:
-    """Tokens per chunk of the error bound that ``backend`` is held to; 0 where it works token by token."""
-    return int(config["chunk"]) if works_in_chunks(backend) else 0
-
-
 def capable(backends: Iterable[Backend], problem: Any) -> list[Backend]:
     """Those that accept ``problem``, in heuristic order.
 
@@ -50,20 +45,3 @@ def capable(backends: Iterable[Backend], problem: Any) -> list[Backend]:
     """
     able = (b for b in backends if "repeatable" in b.tags and isinstance(checked(b, problem), Accepted))
     return sorted(able, key=lambda b: (-b.rank(problem), b.name))
-
-
-def config_for(backend: Backend, label: str, problem: Any, most_chunk: int) -> Config | None:
-    """The config of ``backend`` for ``problem``: the one called ``label``, else the first that suits.
-
-    Args:
-        label: may name a config that is not offered for this problem: for a shorter batch, say.
-        most_chunk: a chunked backend runs chunks of at most so many tokens, so that the bound holds.
-
-    Returns:
-        None where no config suits: every chunk is longer.
-    """
-    suiting = [config for config in backend.configs(problem) if chunk_of(backend, config) <= most_chunk]
-    for config in suiting:
-        if config.label == label:
-            return config
-    return suiting[0] if suiting else None

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import NoBackendError
-from ...registry.backend import Backend, Config, Pinnable, Pinned, Runner
+from ...registry.backend import Backend, Chunked, Config, Pinnable, Pinned, Runner
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from ...registry.plugins import checked
 from ...registry.varlen.layout import SequenceLayout
-from .part import Part, capable, config_for
+from .bound import config_within
+from .part import Part, capable
 from .profiles import long_part, short_part
 from .streams import SideStreams
 from .subcall import call_of
@@ -42,20 +43,28 @@ class CompositeRunner:
     Attributes:
         problem, config: what it was bound to.
         short, long: the parts; threshold: tokens up to which a sequence is short.
+        bound: the error bound that every part keeps.
     """
 
     def __init__(
-        self, problem: Problem, config: Config, backends: Mapping[str, Backend], op: str, streams: SideStreams
+        self,
+        problem: Problem,
+        config: Config,
+        bound: Chunked,
+        backends: Mapping[str, Backend],
+        op: str,
+        streams: SideStreams,
     ) -> None:
         self.problem, self.config = problem, config
         self.short, self.long = Part.parse(str(config["short"])), Part.parse(str(config["long"]))
         self.threshold = int(config["threshold"])
-        self._chunk = int(config["chunk"])
+        self.bound = bound
         self._streams = streams if int(config["streams"]) > 1 else None
         self._backends, self._op = backends, op
         self._bound: dict[tuple[bool, VarlenProfile], Runner] = {}
         self._lock = threading.Lock()
-        for long, expected in ((False, short_part(problem)), (True, long_part(problem))):
+        self._expected = {False: short_part(problem), True: long_part(problem)}
+        for long, expected in self._expected.items():
             self._runner(long, expected.profile)
 
     def __call__(self, call: Call) -> torch.Tensor:
@@ -111,29 +120,35 @@ class CompositeRunner:
         return runner
 
     def _bind(self, long: bool, problem: Problem) -> Runner:
-        backend, config = chosen(self._backends, self._op, self.long if long else self.short, problem, self._chunk)
+        part, expected = self.long if long else self.short, self._expected[long]
+        backend, config = chosen(self._backends, self._op, part, problem, self.bound, expected)
         return backend.bind(problem, config)
 
 
 def chosen(
-    backends: Mapping[str, Backend], op: str, part: Part, problem: Problem, most_chunk: int
+    backends: Mapping[str, Backend], op: str, part: Part, problem: Problem, bound: Chunked, expected: Problem
 ) -> tuple[Backend, Config]:
     """What runs ``problem`` for ``part``: its backend, or where that declines, the first in heuristic order that does.
 
+    Args:
+        expected: the problem that ``part`` was made for.
+
     Raises:
-        NoBackendError: nobody can, within chunks of ``most_chunk`` tokens.
+        NoBackendError: nobody can within ``bound``.
     """
     wanted = backends.get(part.backend)
     if wanted is not None and checked(wanted, problem):
-        config = config_for(wanted, part.label, problem, most_chunk)
+        config = config_within(bound, wanted, part.label, problem, expected)
         if config is not None:
             return wanted, config
     others = capable(backends.values(), problem)
     for backend in others:
-        config = config_for(backend, "", problem, most_chunk)
+        config = config_within(bound, backend, "", problem, expected)
         if config is not None:
             return backend, config
-    raise NoBackendError(op, [(b.name, "feature", f"no chunk of {most_chunk} tokens or fewer") for b in others])
+    cut = f", cut at {bound.cut}" if bound.cut else ""
+    reason = f"no config within the bound for chunks of {bound.tokens} tokens{cut}"
+    raise NoBackendError(op, [(b.name, "feature", reason) for b in others])
 
 
 def _prepare(runner: object, call: Call) -> None:

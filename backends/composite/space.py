@@ -9,7 +9,8 @@ from itertools import islice
 
 from ...registry.backend import Backend, Config, works_in_chunks
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
-from .part import Part, capable, chunk_of
+from .bound import bound_of, common
+from .part import Part, capable
 from .profiles import long_part, short_part, thresholds
 
 __all__ = ["MOST_CONFIGS", "Sides", "configs", "sides_of"]
@@ -24,18 +25,26 @@ class Sides:
     """Who may run the parts of a batch, each in heuristic order.
 
     Attributes:
-        short, long: the parts as problems. for_short, for_long: the backends that accept them.
+        short, long: the parts as problems. for_short, for_long: the backends that accept them; none of the former cuts.
+        rounded: a backend that rounds operands is to run one of them.
     """
 
     short: Problem
     long: Problem
     for_short: tuple[Backend, ...]
     for_long: tuple[Backend, ...]
+    rounded: bool
 
     @property
     def chunked(self) -> tuple[Backend, ...]:
-        """Those of the long part that work in chunks."""
-        return tuple(b for b in self.for_long if works_in_chunks(b))
+        """Those of the long part that work in chunks, and where some part has to round, round."""
+        kind = (b for b in self.for_long if works_in_chunks(b))
+        return tuple(b for b in kind if b.accuracy == "rounded" or not self.rounded)
+
+    @property
+    def cutting(self) -> tuple[Backend, ...]:
+        """Those of these that cut sequences, where that may pay."""
+        return tuple(b for b in self.chunked if b.cuts and b.hopeless(self.long) is None)
 
     @property
     def walking(self) -> tuple[Backend, ...]:
@@ -51,23 +60,25 @@ class Sides:
         return self.for_short[0], (self.chunked or self.for_long)[0]
 
 
-def sides_of(backends: Mapping[str, Backend], problem: Problem) -> Sides:
+def sides_of(backends: Mapping[str, Backend], problem: Problem, rounded: bool) -> Sides:
     """The parts of a batch of ``problem``'s profile."""
-    return _sides(tuple(backends.values()), problem)
+    return _sides(tuple(backends.values()), problem, rounded)
 
 
 @lru_cache(maxsize=64)  # asked several times for each new problem, and looking for what is not installed takes a while
-def _sides(backends: tuple[Backend, ...], problem: Problem) -> Sides:
+def _sides(backends: tuple[Backend, ...], problem: Problem, rounded: bool) -> Sides:
     short, long = short_part(problem), long_part(problem)
-    return Sides(short, long, tuple(capable(backends, short)), tuple(capable(backends, long)))
+    whole = (b for b in backends if not b.cuts)
+    return Sides(short, long, tuple(capable(whole, short)), tuple(capable(backends, long)), rounded)
 
 
 def configs(sides: Sides, problem: Problem) -> Sequence[Config]:
     """At most :data:`MOST_CONFIGS`, the default first."""
-    return tuple(islice(dict.fromkeys(_tried(sides, problem)), MOST_CONFIGS))
+    found = (config for config in _tried(sides, problem) if config is not None)
+    return tuple(islice(dict.fromkeys(found), MOST_CONFIGS))
 
 
-def _tried(sides: Sides, problem: Problem) -> Iterator[Config]:
+def _tried(sides: Sides, problem: Problem) -> Iterator[Config | None]:
     first, second = sides.pair
     lines = thresholds(problem)
     # Beside one another there is more to gain the less a part fills the GPU: the rest is tried that way.
@@ -81,18 +92,23 @@ def _tried(sides: Sides, problem: Problem) -> Iterator[Config]:
     for short, long in (
         *((first, long) for long in sides.walking[:1]),
         *((short, second) for short in sides.for_short[1:_FEW]),
-        *((first, long) for long in sides.chunked[1:_FEW]),
+        *((first, long) for long in (*sides.chunked[1:_FEW], *sides.cutting[:1])),
     ):
         yield _config(sides, short, long, lines[0], most)
 
 
 def _config(
     sides: Sides, short: Backend, long: Backend, threshold: int, streams: int, of_long: Config | None = None
-) -> Config:
+) -> Config | None:
+    """None where no bound covers both parts, or nothing rounds though something should."""
     for_short = short.configs(sides.short)[0]
     for_long = long.configs(sides.long)[0] if of_long is None else of_long
+    bound = common(bound_of(short, for_short), bound_of(long, for_long))
+    if bound is None or bound.rounded is not sides.rounded:
+        return None
     return Config.of(
-        chunk=max(chunk_of(short, for_short), chunk_of(long, for_long)),
+        chunk=bound.tokens,
+        cut=bound.cut,
         long=str(Part.of(long, for_long)),
         short=str(Part.of(short, for_short)),
         streams=streams,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["beta_of", "decay_of"]
+__all__ = ["beta_of", "decay_of", "log_decay_of"]
 
 #: Largest finite float32: keeps ``exp(A_log)`` finite, so that it never meets a zero as ``inf * 0``.
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -46,8 +46,8 @@ def _log1p_of_exp(y):
 
 
 @triton.jit
-def decay_of(a, dt_bias, A_log, softplus_beta, softplus_threshold, lower_bound, BOUNDED: tl.constexpr):
-    """``exp(g)``, the factor the state decays by; for scalars, or for vectors over K with a scalar A_log.
+def log_decay_of(a, dt_bias, A_log, softplus_beta, softplus_threshold, lower_bound, BOUNDED: tl.constexpr):
+    """``g``, the logarithm of what the state decays by; for scalars, or for vectors over K with a scalar A_log.
 
     ``g = -exp(A_log) * softplus(a + dt_bias)``, or ``g = lower_bound * sigmoid(exp(A_log) * (a + dt_bias))``.
     """
@@ -60,7 +60,13 @@ def decay_of(a, dt_bias, A_log, softplus_beta, softplus_threshold, lower_bound, 
         softplus = tl.maximum(z, 0.0) + _log1p_of_exp(-tl.abs(z))
         softplus = tl.where(z > softplus_threshold, z, softplus)
         g = -tl.where(z < TINY, tl.exp(A_log + z), scale * softplus) / softplus_beta
-    return tl.exp(g)
+    return g
+
+
+@triton.jit
+def decay_of(a, dt_bias, A_log, softplus_beta, softplus_threshold, lower_bound, BOUNDED: tl.constexpr):
+    """``exp(g)`` of :func:`log_decay_of`: the factor the state decays by."""
+    return tl.exp(log_decay_of(a, dt_bias, A_log, softplus_beta, softplus_threshold, lower_bound, BOUNDED))
 
 
 @triton.jit

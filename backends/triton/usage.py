@@ -19,7 +19,7 @@ from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from ...registry.ops.fused_sigmoid_gating.validate import canonical_call
 from .arguments import INTEGERS, POINTERS, REALS, constants, integers, options, pointers
 
-__all__ = ["Resources", "compile_config", "problem_of"]
+__all__ = ["Resources", "compile_config", "problem_of", "report"]
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -67,7 +67,7 @@ def compile_config(spec: CaseSpec, config: Config, arch: int) -> Resources:
     signature, fixed, attributes = _specialised(spec, config, recurrent)
     source = ASTSource(fn=recurrent, signature=signature, constexprs=fixed, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
-    return _report(compiled.asm["cubin"], int(compiled.metadata.shared))
+    return report(compiled.asm["cubin"], int(compiled.metadata.shared))
 
 
 def _specialised(spec: CaseSpec, config: Config, kernel: Any) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -96,7 +96,8 @@ def _specialised(spec: CaseSpec, config: Config, kernel: Any) -> tuple[dict[str,
     return signature, fixed, {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
 
 
-def _report(cubin: bytes, shared: int) -> Resources:
+def report(cubin: bytes, shared: int) -> Resources:
+    """What a kernel's machine code takes, by CUDA's own tool. Raises IsokernError if it does not say."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -21,7 +21,7 @@ from .execution import ORDERS, Executor
 from .memory import watched
 from .numerics import correct
 
-__all__ = ["InterpretedBackend", "TritonInterpreter", "activate", "load"]
+__all__ = ["InterpretedBackend", "TritonInterpreter", "activate", "load", "on_gpu"]
 
 _VARIABLE = "TRITON_INTERPRET"
 #: The GPU a problem on the CPU is said to be on: what the kernels are mainly written for.
@@ -88,15 +88,15 @@ class InterpretedBackend(Backend):
             setattr(self, attribute, getattr(inner, attribute))
 
     def check(self, problem: Problem) -> Verdict:
-        return self.inner.check(_on_gpu(problem))
+        return self.inner.check(on_gpu(problem))
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        offered = self.inner.configs(_on_gpu(problem))
+        offered = self.inner.configs(on_gpu(problem))
         # Reading nothing ahead is the cheapest to interpret, and reading ahead is a config of its own.
         return sorted(offered, key=lambda c: (-int(c["v_tile"]), -int(c["k_span"]), int(c["window"])))
 
     def bind(self, problem: Problem, config: Config) -> Runner:
-        return self.inner.bind(_on_gpu(problem), config)
+        return self.inner.bind(on_gpu(problem), config)
 
     def sources(self) -> Sequence[Path]:
         return self.inner.sources()
@@ -105,5 +105,5 @@ class InterpretedBackend(Backend):
         return self.inner.toolchain()
 
 
-def _on_gpu(problem: Problem) -> Problem:
+def on_gpu(problem: Problem) -> Problem:
     return replace(problem, device="cuda", arch=_ARCH) if problem.device == "cpu" else problem

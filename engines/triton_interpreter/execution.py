@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 
 __all__ = ["ORDERS", "Executor", "Order", "Program"]
 
@@ -58,12 +60,14 @@ class Executor:
         order: in which a grid's programs run.
         launches: launches executed.
         between: called before each program with its coordinates, and with None after the last.
+        lent: called with the name and the tensor of memory that launches of one call share.
     """
 
     def __init__(self, interpreter: Any, tl: Any) -> None:
         self.order: Order = _forward
         self.launches = 0
         self.between: Callable[[Program | None], None] | None = None
+        self.lent: Callable[[str, torch.Tensor], None] | None = None
         self._interpreter = interpreter
         self._patch_once(tl)
         interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype, tl.block_type, tl.pointer_type)
@@ -82,6 +86,13 @@ class Executor:
         """What ``_patch_lang`` does for a kernel that sees both ``tl`` and ``tl.core``, never undone."""
         sees_both = type("Kernel", (), {"__globals__": {"tl": tl, "core": tl.core}})
         self._interpreter._patch_lang(sees_both)
+
+    def workspace(self, words: int, device: torch.device) -> torch.Tensor:
+        """Memory for the launches of one call; what nobody has written there is NaN."""
+        memory = torch.full((words,), math.nan, device=device)
+        if self.lent is not None:
+            self.lent("workspace", memory)
+        return memory
 
     @contextmanager
     def ordered(self, order: Order) -> Iterator[None]:

@@ -26,15 +26,24 @@ class Watch:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        parts = [(name, *_elements(t)) for name, t in tensors.items() if t.numel()]
+        self._tensors = dict(tensors)
+        self.program = _NOBODY
+        self.epoch = 0
+        self._coordinates: list[Program] = []
+        self._index()
+
+    def include(self, name: str, tensor: torch.Tensor) -> None:
+        """These elements too, from the next launch on: memory that launches of a call leave to one another."""
+        self._tensors[name] = tensor
+        self._index()
+
+    def _index(self) -> None:
+        parts = [(name, *_elements(t)) for name, t in self._tensors.items() if t.numel()]
         addresses = np.concatenate([p[1] for p in parts]) if parts else np.empty(0, np.uint64)
         sizes = np.concatenate([np.full(len(p[1]), p[2], np.int64) for p in parts]) if parts else np.empty(0, np.int64)
         self.addresses, first = np.unique(addresses, return_index=True)
         self.sizes = sizes[first]
-        self.names = tuple(tensors)
-        self.program = _NOBODY
-        self.epoch = 0
-        self._coordinates: list[Program] = []
+        self.names = tuple(self._tensors)
         self.begin(None)
 
     def begin(self, program: Program | None) -> None:
@@ -131,8 +140,8 @@ def watched(interpreter: Any, executor: Executor, tensors: Mapping[str, torch.Te
         watch.barrier()
         return barrier(self)
 
-    before = executor.between
-    executor.between = watch.begin
+    before, lent = executor.between, executor.lent
+    executor.between, executor.lent = watch.begin, watch.include
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_barrier = noted_barrier
     try:
@@ -140,4 +149,4 @@ def watched(interpreter: Any, executor: Executor, tensors: Mapping[str, torch.Te
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         builder.create_barrier = barrier
-        executor.between = before
+        executor.between, executor.lent = before, lent

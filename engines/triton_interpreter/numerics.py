@@ -83,6 +83,18 @@ def correct(interpreter: Any, tl: Any) -> None:
     builder.create_fma = in_float32(multiply_add)
     builder.create_dot = create_dot
     _correct_reductions(interpreter, tl, handle, bfloat16, float32)
+    _correct_indices(interpreter)
+
+
+def _correct_indices(interpreter: Any) -> None:
+    """A scalar as a loop's bound: up to Triton 3.6 it is an array of one value, which NumPy 2.4 makes no number of."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _correct_reductions(interpreter: Any, tl: Any, handle: Any, bfloat16: Any, float32: Any) -> None:

@@ -42,17 +42,25 @@ def chunk_of(backend: Backend, config: Config) -> int | Chunked | None:
     """What the op's reference is given as ``chunk`` for results of a backend and config.
 
     Raises:
-        PredicateFault: it should have a chunk, and the config names none.
+        PredicateFault: it should have a chunk, or a cut, and the config names none.
     """
     if not works_in_chunks(backend):
         return None
-    try:
-        tokens = int(config["chunk"])
-    except KeyError:
-        words = f"accuracy {backend.accuracy!r} needs a chunk, config [{config.label}] has none"
-        raise PredicateFault(words) from None
-    rounded, cut = backend.accuracy == "rounded", int(config["cut"]) if getattr(backend, "cuts", False) else 0
+    tokens = _named(backend, config, "chunk")
+    rounded, cut = backend.accuracy == "rounded", _named(backend, config, "cut") if _cuts(backend) else 0
     return Chunked(tokens, rounded, cut) if rounded or cut else tokens
+
+
+def _cuts(backend: Backend) -> bool:
+    return getattr(backend, "cuts", False)
+
+
+def _named(backend: Backend, config: Config, what: str) -> int:
+    try:
+        return int(config[what])
+    except KeyError:
+        kind = "a backend that cuts sequences" if what == "cut" else f"accuracy {backend.accuracy!r}"
+        raise PredicateFault(f"{kind} needs a {what}, config [{config.label}] has none") from None
 
 
 class Subject:

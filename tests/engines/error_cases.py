@@ -30,10 +30,11 @@ from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC  # noqa: E402
 from isokern.registry.varlen.layout import SequenceLayout  # noqa: E402
 
 torch.set_num_threads(1)
-VERIFY = (
-    "none" if NAME.startswith(("cupy_chunked", "cupy_cut")) else "chain"
-)  # a chunk does not form the states after each token
-VALID = CaseSpec("valid", (3, 0, 2), h=1, hv=2, k=8, v=6, padded=(2,), verify=VERIFY)
+COMPOSITE = NAME == "composite_bf16"
+# A chunk does not form the states after each token.
+VERIFY = "none" if COMPOSITE or BACKEND.accuracy != "recurrent" else "chain"
+LENGTHS = (1, 0, 20) if COMPOSITE else (3, 0, 2)
+VALID = CaseSpec("valid", LENGTHS, h=1, hv=2, k=8, v=6, padded=(2,), verify=VERIFY)
 MESSAGE = "this GPU is out of order"
 
 #: What executes a kernel in each engine, and what it raises: as the framework passes on what the driver says.
@@ -43,7 +44,9 @@ LAUNCHES = {
     "cupy_chunked_bf16": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "cupy_cut": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "cupy_cut_bf16": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
+    "composite_bf16": "isokern.engines.cuda_on_cpu.raw_kernel.CpuRawKernel.__call__",
     "triton": "isokern.engines.triton_interpreter.execution.Executor._launch",
+    "triton_chunked": "isokern.engines.triton_interpreter.execution.Executor._launch",
     "numba_cuda": "isokern.engines.numba_simulator.engine.NumbaSimulator.launch",
 }
 
@@ -117,15 +120,19 @@ def case_a_launch_that_fails():
 def case_a_config_that_does_not_compile():
     """No compiler of them takes a warp count, a tile or a span that is 3."""
 
-    class Odd(type(BACKEND)):
-        def __init__(self):
-            self.__dict__.update(BACKEND.__dict__)
+    def odd(backend):
+        class Odd(type(backend)):
+            def __init__(self):
+                self.__dict__.update(backend.__dict__)
 
-        def configs(self, problem):
-            first = super().configs(problem)[0]
-            return (Config.from_dict({k: v if isinstance(v, bool) else 3 for k, v in first.to_dict().items()}),)
+            def configs(self, problem):
+                first = super().configs(problem)[0]
+                return (Config.from_dict({k: v if isinstance(v, bool) else 3 for k, v in first.to_dict().items()}),)
 
-    failed(Odd(), "")
+        return Odd()
+
+    parts = [odd(part) for part in BACKEND.parts().values()] if COMPOSITE else ()
+    failed(type(BACKEND)(parts) if COMPOSITE else odd(BACKEND), "")
 
 
 def case_without_a_fault_nothing_fails():

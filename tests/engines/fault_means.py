@@ -36,6 +36,7 @@ CASES = {
     "far": BASE.but(lengths=(3, 0, 0), padded=(1, 2)),
     "separate slots": BASE.but(update="separate"),
     "chunks": BASE.but(lengths=(3, 70, 0, 130), k=24, padded=(3,)),
+    "kda chunks": BASE.but(lengths=(50, 0, 3), k=40, is_kda=True, distribution="long_memory", padded=()),
     "ring": BASE.but(lengths=(330,), k=24, padded=()),
     "memory": BASE.but(lengths=(70,), k=24, padded=(), distribution="long_memory"),
     "segments": BASE.but(lengths=(200, 0, 70), k=24, padded=(), distribution="long_memory"),

@@ -1,8 +1,9 @@
-"""The conformance suite over the Triton backend, interpreted on the CPU, one check at a time."""
+"""The conformance suite over the Triton backends, interpreted on the CPU, one check at a time."""
 
 import pytest
 
 
 @pytest.mark.engine("triton_interpreter")
-def test_conforms(conforms, engine_check):
-    conforms("triton", engine_check)
+@pytest.mark.parametrize("backend", ["triton", "triton_chunked"])
+def test_conforms(conforms, engine_check, backend):
+    conforms(backend, engine_check)

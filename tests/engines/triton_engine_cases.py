@@ -159,6 +159,24 @@ def case_store_beyond_the_end():
     assert y[20] == 0  # refused before it was done
 
 
+def case_memory_that_launches_share_is_watched_and_nan_until_written():
+    x = torch.randn(16)
+    with ENGINE.watch_addresses({"x": x}):
+        shared = ENGINE.executor.workspace(16, x.device)
+        assert shared.isnan().all()
+        copy_kernel[(1,)](x, shared, 16, 1, N=16)
+        assert torch.equal(shared, x)
+        _caught(
+            lambda: copy_kernel[(1,)](x, shared[8:], 16, 1, N=16), "stores 8 of 16 elements that belong to no tensor"
+        )
+    assert ENGINE.executor.lent is None
+
+
+def case_a_number_in_an_array_of_one_bounds_a_loop():
+    handle = triton.runtime.interpreter.TensorHandle(np.array([3], np.int32), tl.int32)
+    assert list(range(tl.tensor(handle, tl.int32))) == [0, 1, 2]
+
+
 def case_gap_between_strides():
     x, y = torch.randn(40), torch.zeros(20)
     with ENGINE.watch_addresses({"x": x[::2], "y": y}):

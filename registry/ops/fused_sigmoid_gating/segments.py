@@ -13,6 +13,11 @@ a segment's tokens with the error ``E`` of the state ``S`` it starts from. Betwe
 With rounded operands (``operands``) squares add: ``||M||^2`` times those of ``s``, those of ``B``, and those of column
 j of ``M`` times ``s_j^2``. The roundings of a chunk's matrix T are the same for all columns, which may all err the same
 way: what they do to the state as it really is, counted once more, bounds that.
+
+A sequence may be left whole all the same (by a backend that cuts some of a batch), so the bound holds for both. In
+float32 it does as it is: ``S' = M S + B`` whoever forms it, and rounding what is made of a sum of columns costs at most
+the sum of what rounding each costs. Squares do not add like that: where columns reinforce each other, one rounding of
+their sum is more than roundings of each that are independent. There the larger of the two squares counts.
 """
 
 from __future__ import annotations
@@ -99,6 +104,8 @@ class Segments:
         column, entries, squares = self._operands.column[:count], self._operands.state[:count], start * start
         met = torch.einsum("nhkv,nhk->nhv", squares, column[..., v:])
         before = norm * norm * self._start_column[:count]
-        operands.column[:count] = before + met + column[..., :v] + operands.shared[:count]
+        joined = before + met + column[..., :v] + operands.shared[:count]
+        operands.column[:count] = torch.maximum(operands.column[:count], joined)  # which holds those of whole ones
         before = (passage * passage) @ self._start_entries[:count]
-        operands.state[:count] = before + entries[..., v:] @ squares + entries[..., :v]
+        joined = before + entries[..., v:] @ squares + entries[..., :v]
+        operands.state[:count] = torch.maximum(operands.state[:count], joined)

@@ -34,10 +34,10 @@ _CORE = (
     "verify 16x4",
     "verify tree 4x8",
     "prefill short 16x8",
-    "prefill 1x512",
     "prefill 1x1024",
     "prefill 4x256",
     "mixed 15x1+1x256",
+    "mixed 47x1+1x1024",  # with the one above: what lies between and beyond is chosen by these two
 )
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _VERIFY_ROWS = (1, 4, 16, 64)
@@ -48,6 +48,7 @@ _PROMPTS = (
     "prefill short 64x16",
     "prefill 1x128",
     "prefill 1x256",
+    "prefill 1x512",
     "prefill 1x2048",
     "prefill 1x4096",
     "prefill 1x8192",

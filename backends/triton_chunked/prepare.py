@@ -30,7 +30,7 @@ import triton.language as tl
 
 from ..triton.gates import beta_of, log_decay_of
 from .chunks import bounds_of, read_vectors, sequence_of
-from .products import pieces_of, product, transposed
+from .products import negative, pieces_of, product, transposed
 
 __all__ = ["prepare"]
 
@@ -46,15 +46,6 @@ def _squares(vectors):
         x = vectors[p].to(tl.float32)
         total += tl.sum(x * x, axis=1)
     return total
-
-
-@triton.jit
-def _negative(pieces):
-    """Minus each: a sum minus a product of it is formed apart from the sum, which a tensor core would cut off."""
-    negated = ()
-    for i in tl.static_range(len(pieces)):
-        negated = negated + (-pieces[i],)
-    return negated
 
 
 @triton.jit
@@ -101,8 +92,8 @@ def _apart(kk, qk, keys, queries, logs, logs_at, HALF: tl.constexpr, C: tl.const
         factor = _of_middle(logs[p], later, places, HALF, C, SPAN)
         key = pieces_of(keys[p].to(tl.float32) * factor, PIECES)
         query = pieces_of(queries[p].to(tl.float32) * factor, PIECES)
-        kk_all = kk_all - product(_negative(key), transposed(key), C, C, PIECES)
-        qk_all = qk_all - product(_negative(query), transposed(key), C, C, PIECES)
+        kk_all = kk_all - product(negative(key), transposed(key), C, C, PIECES)
+        qk_all = qk_all - product(negative(query), transposed(key), C, C, PIECES)
     t, s = places[:, None], places[None, :]
     apart = (t // (2 * HALF) == s // (2 * HALF)) & (t // HALF > s // HALF)
     return tl.where(apart, kk_all, kk), tl.where(apart, qk_all, qk)
@@ -270,8 +261,8 @@ def prepare(
     else:
         for p in tl.static_range(SPANS):
             key = pieces_of(keys[p], IN)
-            kk = kk - product(_negative(key), transposed(key), C, C, PIECES)
-            qk = qk - product(_negative(pieces_of(queries[p], IN)), transposed(key), C, C, PIECES)
+            kk = kk - product(negative(key), transposed(key), C, C, PIECES)
+            qk = qk - product(negative(pieces_of(queries[p], IN)), transposed(key), C, C, PIECES)
         bias = tl.load(dt_bias + head * dt_h).to(tl.float32)
         inputs = tl.load(a + batch * a_b + head * a_h + rows * g_t, mask=there, other=0.0).to(tl.float32)
         g = log_decay_of(inputs, bias, log_scale, softplus_beta, softplus_threshold, lower_bound, BOUNDED)

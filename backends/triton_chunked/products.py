@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["add_product", "pieces_of", "product", "transposed"]
+__all__ = ["add_product", "negative", "pieces_of", "product", "transposed"]
 
 #: bfloat16's largest finite value: beyond it the first piece would be infinite, and the second NaN.
 LARGEST = tl.constexpr(3.3895313892515355e38)
@@ -36,6 +36,15 @@ def pieces_of(x, PIECES: tl.constexpr):
             if i + 1 < PIECES:
                 rest = rest - piece.to(tl.float32)
         return pieces
+
+
+@triton.jit
+def negative(pieces):
+    """Minus each: a sum minus a product of it is formed apart from the sum, which a tensor core would cut off."""
+    negated = ()
+    for i in tl.static_range(len(pieces)):
+        negated = negated + (-pieces[i],)
+    return negated
 
 
 @triton.jit

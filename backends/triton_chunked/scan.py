@@ -6,6 +6,10 @@ One program per (tile of V, value head, sequence). S ``[K, V]`` is the state at 
 
 K' and Q' are k and q decayed from the chunk's start, K'' is k decayed up to its end. Where a head has one decay they
 are q and k as they came, times a factor of each token.
+
+There products are taken of -q and -k, and the factors are negative. What a Triton program computes is a product's left
+factor in registers; what it loads goes through shared memory, and of so many descriptors as are here ptxas 12.8 keeps
+some wrong: the outputs of all but the first 16 tokens were wrong on an H100, and compute-sanitizer saw reads outside.
 """
 
 # The body of a Triton function is Triton's language: types are inferred, tuples grow by +, and a test of a constant
@@ -19,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .chunks import bounds_of, read_vectors
-from .products import pieces_of, product, transposed
+from .products import negative, pieces_of, product, transposed
 
 __all__ = ["scan"]
 
@@ -101,13 +105,13 @@ def scan(
                 vector = vectors_at + places[:, None] * KEYS + inner[None, :]
                 key, query = pieces_of(tl.load(vector), PIECES), pieces_of(tl.load(vector + C * KEYS), PIECES)
             else:
-                key = pieces_of(read_vectors(k_at, tokens, there, k_t, k_d, p * SPAN, K, SPAN), IN)
-                query = pieces_of(read_vectors(q_at, tokens, there, q_t, q_d, p * SPAN, K, SPAN), IN)
+                key = negative(pieces_of(read_vectors(k_at, tokens, there, k_t, k_d, p * SPAN, K, SPAN), IN))
+                query = negative(pieces_of(read_vectors(q_at, tokens, there, q_t, q_d, p * SPAN, K, SPAN), IN))
             seen += product(key, held, C, BV, PIECES)
             shown += product(query, held, C, BV, PIECES)
         if not KDA:
-            seen *= tl.load(vectors_at + places)[:, None]
-            shown *= tl.load(vectors_at + C + places)[:, None]
+            seen *= -tl.load(vectors_at + places)[:, None]
+            shown *= -tl.load(vectors_at + C + places)[:, None]
 
         # What is needed late is read late: held meanwhile, it would push the state out of the registers.
         solved = pieces_of(tl.load(record + square), PIECES)
@@ -126,9 +130,9 @@ def scan(
                 new = new + (tl.fma(state[p], tl.broadcast_to(decay[:, None], [SPAN, BV]), added),)
         else:
             decay = tl.load(vectors_at + 3 * C)
-            kept = pieces_of(written * tl.load(vectors_at + 2 * C + places)[:, None], PIECES)
+            kept = pieces_of(written * -tl.load(vectors_at + 2 * C + places)[:, None], PIECES)
             for p in tl.static_range(SPANS):
-                key = pieces_of(read_vectors(k_at, tokens, there, k_t, k_d, p * SPAN, K, SPAN), IN)
+                key = negative(pieces_of(read_vectors(k_at, tokens, there, k_t, k_d, p * SPAN, K, SPAN), IN))
                 added = product(transposed(key), kept, SPAN, BV, PIECES)
                 new = new + (tl.fma(state[p], tl.zeros([SPAN, BV], tl.float32) + decay, added),)
         state = new

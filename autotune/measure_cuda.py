@@ -9,6 +9,7 @@ in a model, where other layers ran in between; a problem without states has the 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import statistics
@@ -25,7 +26,7 @@ from .measure import copies_to_rotate
 from .policy import MeasurePolicy
 from .recipe import ProblemRecipe
 
-__all__ = ["CudaBandwidth", "CudaBench", "captured", "once"]
+__all__ = ["CudaBandwidth", "CudaBench", "captured", "once", "peak_bandwidth"]
 
 #: Bytes the sentinel copies: more than any level-2 cache, so that its time is the memory's clock.
 _SENTINEL_BYTES = 128 << 20
@@ -41,6 +42,9 @@ _GLANCES = 3
 _GLANCES_S = 10e-3
 #: Cycles the device is kept busy while the host queues what is timed: some 30 us, thrice what a graph launch takes.
 _HEAD_START_CYCLES = 60_000
+#: ``CUdevice_attribute``: kHz of the memory's clock, bits of its bus. Two bits a line and clock.
+_MEMORY_CLOCK, _BUS_WIDTH = 36, 37
+_PER_CLOCK = 2
 
 
 @dataclass(slots=True)
@@ -226,7 +230,11 @@ class CudaBench:
 
 
 class CudaBandwidth:
-    """Bytes per second, read and written, of a copy within a working set of a given size, at best."""
+    """Bytes per second, read and written, that nothing within a working set of a given size can exceed.
+
+    The larger of what a copy of that size reached (a small set lies in the level-2 cache) and what the memory's clock
+    and width allow: the copy alone says too little where the device is busy, or where copying is not what it does best.
+    """
 
     def __init__(self) -> None:
         self._best: dict[int, float] = {}
@@ -239,6 +247,15 @@ class CudaBandwidth:
     def again(self, working_set: int) -> float:
         """Measured anew; a device that was busy before may show more now."""
         size = self._size(working_set)
+        self._best[size] = max(self._best.get(size, 0.0), self._peak(), self._copied(size))
+        return self._best[size]
+
+    def _peak(self) -> float:
+        from ..backends.launch.driver import gpu
+
+        return peak_bandwidth(gpu().library, torch.cuda.current_device())
+
+    def _copied(self, size: int) -> float:
         source, target = (torch.empty(size // 2, dtype=torch.uint8, device="cuda") for _ in range(2))
         copies = max(4, (64 << 20) // size)
 
@@ -250,14 +267,23 @@ class CudaBandwidth:
         graph = captured(copy)  # in a graph: the host's pace is no part of a bandwidth
         graph.replay()
         fastest = min(_between_events(graph.replay) for _ in range(5))
-        best = max(self._best.get(size, 0.0), size * copies / fastest)
-        self._best[size] = best
-        return best
+        return size * copies / fastest
 
     @staticmethod
     def _size(working_set: int) -> int:
         # Powers of two, so that problems of one size share a measurement; rounded down, to what is the faster side.
         return 1 << (max(1 << 20, min(working_set, _LARGEST_COPY)).bit_length() - 1)
+
+
+def peak_bandwidth(library: Any, device: int) -> float:
+    """Bytes per second of a device's memory, by its clock and width; 0.0 if the driver (``libcuda``) does not say."""
+    told = []
+    for attribute in (_MEMORY_CLOCK, _BUS_WIDTH):
+        value = ctypes.c_int()
+        failed = library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        told.append(0 if failed else max(0, value.value))
+    kilohertz, bits = told
+    return _PER_CLOCK * kilohertz * 1e3 * bits / 8
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -156,9 +156,9 @@ class MeasurePolicy:
         flush_l2: bytes written to flush, in multiples of the level-2 cache (one is not enough: the
             replacement is not strictly least-recently-used).
         rotate_l2: bytes of rotated inputs and state slots, in multiples of the level-2 cache.
-        floor_tolerance: a time below this times the floor (bytes moved / measured copy bandwidth) is
-            impossible: the kernel did not do the work, or the clock is wrong. Below 1 as the copy measurement
-            has its own error.
+        floor_tolerance: a time below this times the floor (bytes moved / the bandwidth that nothing exceeds) is
+            impossible: the kernel did not do the work, or the clock is wrong. Below 1 as the bandwidth has its own
+            error where it is measured.
     """
 
     mode: Literal["eager", "graph"] = "eager"

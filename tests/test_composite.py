@@ -207,6 +207,20 @@ def test_its_parts_are_what_every_process_finds():
         registry.unregister_backend(OP, "stranger")
 
 
+def test_what_other_libraries_are_there_changes_nothing():
+    """Else a choice tuned where one of them is registered would be another one's where it is not."""
+    adapters = {n: b for n, b in registry.backends(OP).items() if b.provenance == "external"}
+    assert adapters
+    before = {both.name: (set(both.parts()), both.fingerprint()) for both in (Composite(), CompositeBf16())}
+    try:
+        for name in adapters:
+            registry.unregister_backend(OP, name)
+        assert {both.name: (set(both.parts()), both.fingerprint()) for both in (Composite(), CompositeBf16())} == before
+    finally:
+        for adapter in adapters.values():
+            registry.register_backend(adapter)
+
+
 def test_its_fingerprint_changes_with_a_part_s():
     part = Noting("walks")
     both = made_of(part)
@@ -756,9 +770,11 @@ ROWS = MIXED.but(lengths=(1,) * 130 + (2048,))
         (ROWS.but(io_dtype="float16"), "rounded", "composite"),
         (ROWS.but(is_kda=True), "rounded", "cupy"),
         (MIXED, "float32", "composite"),
-        (MIXED, "rounded", "cupy_chunked_bf16"),  # in buckets 64 tokens a sequence: mostly prompts
-        (MIXED.but(h=4, hv=8), "float32", "cupy_cut"),
-        (MIXED.but(h=4, hv=8), "rounded", "cupy_cut_bf16"),
+        (MIXED, "rounded", "composite_bf16"),  # 33 tokens a sequence, 64 in buckets: mostly rows
+        (MIXED.but(h=4, hv=8), "float32", "composite"),
+        (MIXED.but(h=4, hv=8), "rounded", "composite_bf16"),
+        (MIXED.but(lengths=(1,) * 31 + (2048,)), "rounded", "cupy_chunked_bf16"),  # 65, 128 in buckets: mostly prompts
+        (MIXED.but(lengths=(1,) * 31 + (2048,), h=4, hv=8), "rounded", "cupy_cut_bf16"),
         (MIXED.but(lengths=(6000, *[64] * 31)), "float32", "composite"),
         (MIXED.but(lengths=(6000, *[64] * 31)), "rounded", "cupy_chunked_bf16"),
         (MIXED.but(lengths=(256,) * 16 + (1,) * 48), "rounded", "cupy_chunked_bf16"),  # mild

@@ -21,8 +21,14 @@ __all__ = ["Composite", "CompositeBf16"]
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _EQUAL = (LengthClass.DECODE, LengthClass.UNIFORM)
-#: Tokens per sequence from which most of a batch is prompts.
+#: Tokens per sequence beyond which most of a batch is prompts. A profile's tokens and sequences are their buckets' ends:
+#: one prompt of 2048 beside 63 decode rows is 4096 in 64.
 _PROMPTS = 64
+
+
+def _everywhere(backend: Backend) -> bool:
+    """Whether every process has it, at any version of isokern's own."""
+    return type(backend).__module__.partition(".")[0] == _OWN_PACKAGE and backend.provenance != "external"
 
 
 class Composite(Backend):
@@ -37,8 +43,9 @@ class Composite(Backend):
     and that of sequences cut into segments as soon as one of them cuts.
 
     Args:
-        parts: the backends to choose from, by name; None: those that come with isokern, which every process finds, so
-            that a stored choice means the same everywhere. Other composites are left out.
+        parts: the backends to choose from, by name; None: those that come with isokern and run no other library's
+            kernels. Every process finds them, so a stored choice means the same everywhere. Other composites are left
+            out.
     """
 
     op: ClassVar[str] = "fused_sigmoid_gating"
@@ -64,7 +71,7 @@ class Composite(Backend):
             from ... import registry  # not before it is needed: the registry is what loads this module
 
             known = registry.backends(self.op)
-            found = {n: b for n, b in known.items() if type(b).__module__.partition(".")[0] == _OWN_PACKAGE}
+            found = {n: b for n, b in known.items() if _everywhere(b)}
         return {name: b for name, b in found.items() if not isinstance(b, Composite) and self._admits(b)}
 
     def _admits(self, backend: Backend) -> bool:
@@ -84,7 +91,7 @@ class Composite(Backend):
         """
         if problem.device != "cuda" or problem.profile.length_class is not LengthClass.HEAVY:
             return self.priority
-        prompts = problem.profile.tokens >= _PROMPTS * problem.profile.n
+        prompts = problem.profile.tokens > _PROMPTS * problem.profile.n
         if problem.accuracy == "rounded" and prompts:
             return self.priority
         if not self.check(problem):

@@ -1,7 +1,8 @@
-"""The cells of the comparison with other libraries: 56 in four groups, and six that are only reported."""
+"""The cells of the comparison with other libraries: 56 in four groups, and 14 that are only reported."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
@@ -18,6 +19,7 @@ GROUPS: dict[str, tuple[float, float] | None] = {
     "mixed": (1.5, 1.2),
     "prefill": None,
     "report": None,
+    "prompts": None,  # of other heads and gates, and many of unlike lengths
     "gate": None,
 }
 
@@ -55,8 +57,25 @@ def _decode(n: int, h: int, hv: int, state: str = "float32", group: str = "decod
     return Cell(group, _BASE.but(name=name, lengths=(1,) * n, h=h, hv=hv, state_dtype=state, **changes))
 
 
-def _tokens(group: str, kind: str, profile: str, lengths: tuple[int, ...], h: int, hv: int) -> Cell:
-    return Cell(group, _BASE.but(name=f"{kind} {profile} H={h} HV={hv}", lengths=lengths, h=h, hv=hv))
+def _tokens(
+    group: str, kind: str, profile: str, lengths: tuple[int, ...], h: int, hv: int, **changes: int | bool
+) -> Cell:
+    sizes = "".join(f" {name.upper()}={value}" for name, value in changes.items() if name in ("k", "v"))
+    name = f"{kind} {profile} H={h} HV={hv}{sizes}"
+    return Cell(group, _BASE.but(name=name, lengths=lengths, h=h, hv=hv, **changes))
+
+
+def _prompts() -> tuple[Cell, ...]:
+    draw = random.Random(5)
+    unlike = tuple(max(1, min(4096, int(draw.lognormvariate(5.0, 1.0)))) for _ in range(100))
+    cells = [
+        _tokens("prompts", "prefill", "1x2048", (2048,), 16, 48),
+        _tokens("prompts", "prefill", "1x2048", (2048,), 30, 30, k=96, v=192),
+        _tokens("prompts", "prefill", "100 lognormal", unlike, 16, 32),
+    ]
+    for n, length, heads in ((1, 512, 32), (1, 2048, 32), (1, 8192, 32), (8, 1024, 32), (1, 2048, 8)):
+        cells.append(_tokens("prompts", "prefill", f"KDA {n}x{length}", (length,) * n, heads, heads, is_kda=True))
+    return tuple(cells)
 
 
 def _all() -> tuple[Cell, ...]:
@@ -78,7 +97,7 @@ def _all() -> tuple[Cell, ...]:
     cells += [_decode(16, 16, 48, group="report"), _decode(16, 8, 32, group="report")]
     cells += [_decode(16, 30, 30, group="report", k=96, v=192)]
     cells += [_decode(n, 16, 32, group="report") for n in (3, 24, 100)]
-    return tuple(cells)
+    return (*cells, *_prompts())
 
 
 CELLS = _all()

@@ -156,6 +156,9 @@ def test_on_a_gpu_its_parts_run_one_after_another_or_beside_each_other():
     one, two, *_ = both.configs(describe(MIXED, "cuda", 90))
     assert (one["streams"], two["streams"]) == (1, 2)
     assert Config.from_dict(two.to_dict() | {"streams": 1}) == one
+    # In a CUDA graph a second stream costs nothing.
+    assert both.configs(describe(MIXED, "cuda", 90, "graph"))[:2] == (two, one)
+    assert [c["streams"] for c in both.configs(describe(MIXED, "cpu"))][:1] == [1]
 
 
 def test_without_a_chunked_backend_the_first_of_each_part():
@@ -237,17 +240,18 @@ def on_gpu(chunked_rank: int) -> Composite:
     return made_of(Noting("walks", 70), Noting("chunks", chunked_rank, chunks=(64,)))
 
 
-def rank_on(device: str, spec: CaseSpec, chunked_rank: int) -> tuple[int, int]:
+def rank_on(device: str, spec: CaseSpec, chunked_rank: int, mode: str = "eager") -> tuple[int, int]:
     both = on_gpu(chunked_rank)
     long_first = both.parts()["chunks"]
     long_first.rank = lambda problem: chunked_rank if problem.profile.longest > 64 else 0
-    problem = describe(spec, device, 90)
+    problem = describe(spec, device, 90, mode)
     return both.rank(problem), max(b.rank(problem) for b in both.parts().values())
 
 
 def test_on_a_gpu_it_comes_first_where_each_part_has_its_own_first_choice():
-    own, best = rank_on("cuda", MIXED, 80)
-    assert own > best
+    for spec, mode in ((MIXED, "eager"), (MIXED, "graph"), (MIXED.but(lengths=(1,) * 15 + (256,)), "graph")):
+        own, best = rank_on("cuda", spec, 80, mode)
+        assert own > best
 
 
 @pytest.mark.parametrize(
@@ -257,6 +261,7 @@ def test_on_a_gpu_it_comes_first_where_each_part_has_its_own_first_choice():
         ("cuda", MIXED, 60),  # what walks is the first choice for both parts
         ("cuda", MIXED.but(lengths=(500, 1000, 300)), 80),  # mild
         ("cuda", MIXED.but(lengths=(1,) * 64), 80),  # declined
+        ("cuda", MIXED.but(lengths=(1,) * 15 + (256,)), 80),  # two calls take the host longer than one kernel the GPU
     ],
 )
 def test_elsewhere_it_comes_after_every_other_but_the_reference(device, spec, chunked_rank):

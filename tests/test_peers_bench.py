@@ -13,7 +13,7 @@ import torch
 import isokern
 from isokern import registry
 from isokern.tools.gpu_test.report import timing_row
-from isokern.tools.peers_table import lines_of, peers, render
+from isokern.tools.peers_table import lines_of, peers, peers_summary, render
 
 ROOT = Path(isokern.__file__).parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -43,9 +43,9 @@ def row(case, who, graph=None, eager=None, group="decode", **extra):
 
 def test_the_groups_are_those_of_the_goals():
     sizes = {group: sum(cell.group == group for cell in cells.CELLS) for group in cells.GROUPS}
-    assert sizes == {"decode": 14, "short": 26, "mixed": 4, "prefill": 12, "report": 6, "gate": 0}
+    assert sizes == {"decode": 14, "short": 26, "mixed": 4, "prefill": 12, "report": 6, "prompts": 8, "gate": 0}
     names = [cell.case for cell in cells.CELLS]
-    assert len(set(names)) == 62
+    assert len(set(names)) == 70
     for name in (
         "decode N=1 H=16 HV=32 float32",
         "decode N=256 H=16 HV=32 bfloat16",
@@ -233,8 +233,17 @@ def test_the_table_sets_the_best_peer_beside_isokern():
     assert list(bench.short_of(RESULT)) == ["SHORT decode N=64 x: 0.90 of 1.0"]
 
 
+def test_a_page_may_have_the_table_of_some_groups(tmp_path):
+    (tmp_path / "2026-01-02_h100_peers.json").write_text(json.dumps(RESULT))
+    text = peers(tmp_path, ("short",))
+    assert "| mixed 1x4 x |" in text
+    assert "decode N=1 x" not in text
+    assert peers_summary(tmp_path).startswith("| best peer / isokern | cells |")
+    assert "Measured 2026-01-02 on H100; a 1." in peers_summary(tmp_path)
+
+
 def test_documents_show_the_newest_comparison(tmp_path):
-    assert peers(tmp_path) == "Not measured yet.\n"
+    assert peers(tmp_path) == peers_summary(tmp_path) == "Not measured yet.\n"
     (tmp_path / "2026-01-02_h100_peers.json").write_text(json.dumps(RESULT))
     (tmp_path / "2026-01-03_h100_peers.json").write_text(json.dumps({"meta": {}, "rows": []}))  # of another kind
     assert "Measured 2026-01-02 on H100; a 1; `c`." in peers(tmp_path)

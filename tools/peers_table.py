@@ -10,7 +10,7 @@ from typing import Any
 
 from isokern.tools.results import RESULTS, newest
 
-__all__ = ["Line", "lines_of", "peers", "render"]
+__all__ = ["Line", "lines_of", "peers", "peers_summary", "render"]
 
 #: The registry's own choice, and isokern's own backends; every other implementation is a peer.
 CHOICE = "isokern"
@@ -20,7 +20,9 @@ _GROUPS = {
     "mixed": "mixed",
     "prefill": "prefill",
     "report": "others",
+    "prompts": "other prompts",
 }
+_NONE = "Not measured yet.\n"
 #: Host time matters most where the device's is short.
 _SHORT_N = 16
 
@@ -103,7 +105,7 @@ def _cell(line: Line, name: str) -> str:
     if graph is None and eager is None:
         status = line.rows[name]["extra"].get("status", "") if name in line.rows else ""
         return status if status in ("wrong", "crashed", "timeout", "failed") else ""
-    return f"{_number(graph) or '-'} / {_number(eager, 0)}"
+    return f"{_number(graph) or '-'} / {_number(eager, 0) or '-'}"
 
 
 def _summary(lines: Sequence[Line]) -> str:
@@ -113,7 +115,10 @@ def _summary(lines: Sequence[Line]) -> str:
         table += _means(f"{title}, CUDA graph", of_group, "graph_us")
     host = [x for x in lines if x.group == "short" or (x.group == "decode" and _batch(x.case) <= _SHORT_N)]
     table += _means(f"decode N <= {_SHORT_N} and short, eager", host, "eager_us")
-    return _markdown(table) if len(table) > 1 else "No cell has both isokern's and a peer's time yet.\n"
+    if len(table) > 1:
+        return _markdown(table)
+    chosen = any(CHOICE in line.rows for line in lines)
+    return "No cell has both isokern's and a peer's time yet.\n" if chosen or not lines else ""
 
 
 def _batch(case: str) -> int:
@@ -138,12 +143,34 @@ def _markdown(table: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def peers(results: Path = RESULTS) -> str:
-    """The newest results file of benchmarks/peers.py, whose cells have a group; a sentence where there is none."""
-    try:
-        result, _ = newest("peers", lambda row: "group" in row["extra"], results)
-    except FileNotFoundError:
-        return "Not measured yet.\n"
+def peers(results: Path = RESULTS, groups: Sequence[str] | None = None) -> str:
+    """The newest results file of benchmarks/peers.py, whose cells have a group; a sentence where there is none.
+
+    Args:
+        groups: of cells, as in ``benchmarks/peers_cells.py``; None: all.
+    """
+    result = _newest(results)
+    if result is None:
+        return _NONE
+    if groups is not None:
+        result = result | {"rows": [row for row in result["rows"] if row["extra"].get("group") in groups]}
     meta = result["meta"]
+    return render(result) + f"\nMeasured {_where(meta)}; `{meta['command']}`.\n"
+
+
+def peers_summary(results: Path = RESULTS) -> str:
+    """Of the same file: each group's geometric mean and its worst cell."""
+    result = _newest(results)
+    return _NONE if result is None else _summary(lines_of(result)) + f"\nMeasured {_where(result['meta'])}.\n"
+
+
+def _newest(results: Path) -> dict[str, Any] | None:
+    try:
+        return newest("peers", lambda row: "group" in row["extra"], results)[0]
+    except FileNotFoundError:
+        return None
+
+
+def _where(meta: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
-    return render(result) + f"\nMeasured {meta['date']} on {meta['gpu']}; {versions}; `{meta['command']}`.\n"
+    return f"{meta['date']} on {meta['gpu']}; {versions}"

@@ -16,7 +16,7 @@ from isokern.registry.ops.fused_sigmoid_gating.problem import Problem
 from isokern.tools.external_table import external
 from isokern.tools.gpu_tables import recurrent
 from isokern.tools.host_tables import host_cost
-from isokern.tools.peers_table import peers
+from isokern.tools.peers_table import peers, peers_summary
 from isokern.tools.results import newest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +132,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "host_cost": host_cost,
     "external": external,
     "peers": peers,
+    "peers_summary": peers_summary,
+    "peers_decode": partial(peers, groups=("decode", "short", "mixed", "report")),
+    "peers_prefill": partial(peers, groups=("prefill", "gate")),
+    "peers_prompts": partial(peers, groups=("prompts",)),
 }
 
 

@@ -21,9 +21,12 @@ __all__ = ["Composite", "CompositeBf16"]
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _EQUAL = (LengthClass.DECODE, LengthClass.UNIFORM)
-#: Tokens per sequence beyond which most of a batch is prompts. A profile's tokens and sequences are their buckets' ends:
-#: one prompt of 2048 beside 63 decode rows is 4096 in 64.
+#: Tokens per sequence beyond which most of a batch is prompts. A profile has the ends of buckets: one prompt of 2048
+#: beside 63 decode rows is 4096 in 64.
 _PROMPTS = 64
+#: Tokens below which two calls from the host take longer than the one kernel that walks over everything: 15 rows beside
+#: 256 tokens took 95 us of an H100 whole and over 125 apart, in a CUDA graph 92 and 48.
+_TWO_CALLS = 1024
 
 
 def _everywhere(backend: Backend) -> bool:
@@ -85,11 +88,13 @@ class Composite(Backend):
         """Before every other backend where each part has its own first choice, the long one's a chunked backend.
 
         On a GPU only, for batches whose longest sequence decides the time: there a kernel that walks over the tokens
-        takes many times as long as a chunked one. On a CPU ``numba_cpu`` is the first choice for both parts. What is
-        mostly prompts is left whole to a backend that cuts, where that comes first by itself, and to one that rounds,
-        where that is allowed.
+        takes many times as long as a chunked one. Launched from the host, if they have enough tokens. On a CPU
+        ``numba_cpu`` is the first choice for both parts. What is mostly prompts is left whole to a backend that cuts,
+        where that comes first by itself, and to one that rounds, where that is allowed.
         """
         if problem.device != "cuda" or problem.profile.length_class is not LengthClass.HEAVY:
+            return self.priority
+        if problem.mode == "eager" and problem.profile.tokens < _TWO_CALLS:
             return self.priority
         prompts = problem.profile.tokens > _PROMPTS * problem.profile.n
         if problem.accuracy == "rounded" and prompts:

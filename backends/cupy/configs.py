@@ -182,7 +182,9 @@ def _default(problem: Problem) -> _Choice:
         if kv:
             few = _landed(4, 2, 2) if rows > _LATENCY_ROWS else _landed(8, 2, 2, 10)
             return _direct(4, 4, 4) if rows > 2 * _LATENCY_ROWS else few
-        return _landed(8, 4, 2, 8) if rows > (2 if narrow else 4) * _LATENCY_ROWS else _landed(8, 2, 2, 10)
+        if rows <= (2 if narrow else 4) * _LATENCY_ROWS:
+            return _landed(8, 2, 2, 10)
+        return _landed(8, 4, 2, 8) if narrow else _direct(16, 4, 2)
     if problem.profile.length_class is LengthClass.HEAVY and rows > 2 * _LATENCY_ROWS:
         # The chains of the few long ones are what is waited for.
         return _staged(4, 1, 4, 2, 4) if kv else _staged(8, 2, 4, 2, 4)

@@ -208,6 +208,19 @@ def test_each_absent_tensor_given_in_turn(op, spy, name):
             check(op, spy, kwargs)
 
 
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("given", ["", "out", "flat gates", "out, flat gates"])
+def test_the_second_call_of_a_kind_is_known_and_the_same(op, spy, name, given):
+    for seed in range(2):
+        kwargs = make_inputs(SPECS[name], seed).kwargs
+        if "gates" in given and name != "batch":
+            kwargs |= {gate: kwargs[gate][0] for gate in ("a", "b")} | {"dt_bias": kwargs["dt_bias"].flatten()}
+        if "out" in given:
+            kwargs["out"] = torch.empty_like(kwargs["v"])
+        check(op, spy, kwargs)
+        assert op.stats()["hits"] == seed
+
+
 @pytest.mark.parametrize("name", ["packed", "kda"])
 def test_each_scalar_changed_in_turn(op, spy, name):
     kwargs = {**make_inputs(SPECS[name]).kwargs, "scale": 0.5, "max_seqlen": 4}

@@ -228,6 +228,26 @@ def test_unaligned_tensors_take_the_other_kernel_and_back(name):
     assert len(compiler.compiled) == 2, "each compiled once"
 
 
+@pytest.mark.parametrize("count", range(1, 8))
+def test_each_of_however_many_tensors_must_be_aligned(count):
+    launcher, library, compiler = made()
+    names = ("q", "k", "v", "a", "b", "pool", "out")
+    compiler.places = tuple((TENSORS.index(name), 8 * at) for at, name in enumerate(names))
+    compiler.vectors = tuple(TENSORS.index(name) for name in names[-count:])
+    layout = compiler.layout
+    compiler.layout = lambda call: replace(layout(call), block=bytes(8 * len(names)))
+    call = call_of()
+    pinned = launcher.pin(call)
+    for name in names:
+        for one, wide in (
+            (call, True),
+            (call.replace(**{name: shifted(getattr(call, name))}), name not in names[-count:]),
+        ):
+            pinned(tensors_of(one))
+            assert library.launches[-1].code == repr(Variant(16, wide)).encode(), name
+            assert words(library.launches[-1]) == [getattr(one, place).data_ptr() for place in names]
+
+
 def test_what_an_unaligned_example_needs_is_compiled_when_pinned():
     launcher, _, compiler = made()
     call = call_of()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import sys
+
 import pytest
 import torch
 
@@ -64,6 +68,29 @@ class TestCalls:
         names = "A_log a dt_bias softplus_beta softplus_threshold q k v b initial_state_source initial_state_indices"
         o = op(*(k[n] for n in names.split()), None, True, k["cu_seqlens"])
         assert torch.equal(o, op(**make_inputs(BASE).kwargs))
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="classes made in Python have no vectorcall")
+    def test_calling_the_object_takes_arguments_as_they_come(self, op):
+        vectorcall = 1 << 11  # Py_TPFLAGS_HAVE_VECTORCALL: no tuple and no dictionary is made for a call
+        assert type(op).__flags__ & vectorcall
+
+    def test_the_method_that_an_engine_keeps_is_python_s_own_and_knows_the_same_calls(self, op):
+        assert inspect.ismethod(op.__call__)
+        op(**make_inputs(BASE).kwargs)
+        before = op.stats()
+        op.__call__(**make_inputs(BASE).kwargs)
+        assert op.stats() == {**before, "hits": before["hits"] + 1}
+
+    def test_the_object_tells_its_parameters(self, op):
+        told = inspect.signature(op)
+        assert told == inspect.signature(op.__call__)
+        assert list(told.parameters)[:2] == ["A_log", "a"]
+        assert told.parameters["validate"].default == "fast"
+
+    def test_a_copy_is_the_op_itself(self, op):
+        model = torch.nn.Module()
+        model.op = op
+        assert copy.copy(op) is copy.deepcopy(op) is copy.deepcopy(model).op is op
 
     def test_the_result_is_right_the_first_time_and_every_time(self, op):
         for seed in range(3):  # the same shapes take the remembered path from the second call on

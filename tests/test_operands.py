@@ -7,8 +7,8 @@ from isokern.registry.backend import Chunked
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.gates import beta_of, log_decay, normalise
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
-from isokern.registry.ops.fused_sigmoid_gating.judge import judge
-from isokern.registry.ops.fused_sigmoid_gating.operands import OperandRounding
+from isokern.registry.ops.fused_sigmoid_gating.judge import _allowance, _allowance_of_states, judge
+from isokern.registry.ops.fused_sigmoid_gating.operands import OperandRounding, squared_norm
 from isokern.registry.ops.fused_sigmoid_gating.reference import reference
 from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 
@@ -103,6 +103,45 @@ def test_coarser_operands_are_found(fault):
     assert not judgement.ok
 
 
+def scatter_of(distribution, lengths):
+    spec = SPEC.but(distribution=distribution, lengths=lengths, v=128)
+    call = canonical_call(**make_inputs(spec).kwargs)
+    return reference(call, chunk=Chunked(CHUNK, rounded=True)).state_scatter
+
+
+def test_of_one_token_all_errors_that_columns_share_are_its_own():
+    part, most, root = scatter_of("typical", (1, 1))
+    assert (part > 0).all()
+    assert (part < 1).all()
+    assert torch.equal(most, torch.ones_like(most))
+    assert torch.allclose(root, torch.ones_like(root))
+
+
+@pytest.mark.parametrize(("distribution", "few"), [("strong_decay", True), ("long_memory", False)])
+def test_where_decay_is_strong_a_few_tokens_have_all_errors(distribution, few):
+    """``most`` is the largest token's part, and ``root`` between its square root's and that of as many equal parts."""
+    _, most, root = scatter_of(distribution, (200,))  # in four chunks: parts are handed on
+    assert (most > 0.3).all() if few else (most < 0.1).all()
+    assert (root <= most.sqrt() + 1e-12).all()
+    assert (root >= 200**-0.5 - 1e-12).all()
+
+
+def test_what_tokens_have_is_handed_on_from_chunk_to_chunk():
+    """The 32 tokens of the last chunk alone could not be as even."""
+    call = canonical_call(**make_inputs(SPEC.but(distribution="long_memory", lengths=(128,))).kwargs)
+    _, most, root = reference(call, chunk=Chunked(32, rounded=True)).state_scatter
+    assert (root < 32**-0.5).all()
+    assert (most > 1 / 128).all()
+
+
+def test_equal_parts_of_tokens_are_as_many_independent_errors():
+    for n in (40, 200):
+        even = torch.tensor([[1.0], [1 / n], [n**-0.5]], dtype=torch.float64)
+        assert float(_allowance_of_states(even, 128)) == pytest.approx(_allowance(n))
+    one = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    assert _allowance_of_states(one, 128).tolist() == pytest.approx([_allowance(1), _allowance(128)])
+
+
 def test_a_float32_evaluation_is_not_granted_the_noise():
     call = canonical_call(**make_inputs(SPEC).kwargs)
     call.out = torch.zeros_like(call.v)
@@ -123,3 +162,30 @@ def test_bounds_grow_with_nothing_but_roundings():
     rounding.add(tokens, live, states, q, q, torch.randn(5, 1, 3, dtype=torch.float64), ones, 0 * ones)
     for squares in (rounding.o, rounding.o_typical, rounding.column, rounding.state):
         assert not squares.any()
+
+
+def test_columns_beside_one_another_do_not_meet():
+    """Two groups of columns at once, of which the first has outputs: each as if it were alone, chunk after chunk."""
+    random = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=random)  # noqa: E731
+    q, k, v, other = normal(7, 2, 4), normal(7, 2, 4), normal(7, 2, 3), normal(7, 2, 5)
+    decay, beta = normal(7, 2, 1).sigmoid(), normal(7, 2, 1).sigmoid()
+    states, others = normal(1, 2, 4, 3), normal(1, 2, 4, 5)
+    both = OperandRounding(7, torch.cat((states, others), -1), 3)
+    first, second = OperandRounding(7, states), OperandRounding(7, others)
+    for rows in (torch.arange(4)[None], torch.arange(4, 7)[None]):
+        there = torch.ones_like(rows, dtype=torch.bool)
+        both.add(rows, there, torch.cat((states, others), -1), q, k, torch.cat((v, other), -1), decay, beta)
+        first.add(rows, there, states, q, k, v, decay, beta)
+        second.add(rows, there, others, q, k, other, decay, beta)
+    torch.testing.assert_close((both.o, both.o_typical), (first.o, first.o_typical))
+    for name in ("column", "state", "shared"):
+        alone = torch.cat((getattr(first, name), getattr(second, name)), -1)
+        torch.testing.assert_close(getattr(both, name), alone)
+
+
+def test_the_squared_norm_is_that_of_the_largest_singular_value():
+    matrices = torch.randn(3, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrices[0] = 0
+    expected = torch.linalg.matrix_norm(matrices, 2).square()
+    torch.testing.assert_close(squared_norm(matrices), expected, rtol=1e-12, atol=0)

@@ -3,7 +3,7 @@
 The chunked form in float64, with operands rounded to bfloat16 or every result rounded to float32, segment by segment.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -174,3 +174,32 @@ def test_with_rounded_operands_it_is_never_below_that_of_whole_sequences(chunk, 
     other = reference(call, chunk=Chunked(chunk, True, cut), initial=start)
     for name in ("o_bound", "state_bound", "o_noise", "state_noise"):
         assert bool((getattr(other, name) >= (1 - 1e-9) * getattr(whole, name)).all()), name
+    # What there is more is shared as what there was: a cut opens no room for what each column has by itself.
+    assert torch.allclose(other.state_scatter, whole.state_scatter, rtol=0.3)
+
+
+def test_the_errors_of_joined_states_are_those_of_the_formula():
+    """Three segments, each looked at as a sequence by itself, with K = V so that M has as many columns."""
+    spec = CaseSpec("three", (24,), h=1, hv=2, k=6, v=6, distribution="long_memory")
+    call = canonical_call(**make_inputs(spec).kwargs)
+    underflow, unit = 2.0**-118, torch.eye(6, dtype=torch.float64).expand(1, 2, 6, 6)
+
+    def alone(first, start, values=1):
+        part = {name: getattr(call, name)[:, first : first + 8] for name in ("q", "k", "v", "a", "b")}
+        part["v"] = part["v"] * values
+        offsets = torch.tensor([0, 8], dtype=torch.int32)
+        return reference(replace(call, **part, cu_seqlens=offsets, layout=None), chunk=4, initial=start)
+
+    S, E = call.pool[call.read_slots].double(), torch.zeros(1, 2, 6, dtype=torch.float64)
+    for first in (0, 8):
+        M, B, then = alone(first, unit, values=0), alone(first, 0 * unit), alone(first, S).state
+        own, passed = B.state_bound - underflow, M.state_bound - underflow
+        torch.testing.assert_close(M.state @ S + B.state, then)
+        met = torch.einsum("nhkv,nhk->nhv", S.abs(), passed)
+        rounding = (6 * 6**0.5 + 2) * (M.state.abs() @ S.abs()).norm(dim=-2) + 2 * then.norm(dim=-2)
+        E = torch.linalg.matrix_norm(M.state, 2)[..., None] * E + met + own + 2.0**-24 * rounding
+        S = then
+    x = call.a[0, 16:].double() + call.dt_bias.double()
+    decay = log_decay(call.A_log.double(), x, 1.0, 20.0, None).sum(0).exp()[None, :, None]
+    cut = reference(call, chunk=Chunked(4, cut=8))
+    torch.testing.assert_close(cut.state_bound, decay * E + alone(16, S).state_bound, rtol=1e-10, atol=0)

@@ -121,14 +121,19 @@ def short(results: Path = RESULTS) -> Plot:
 
 def prompts(results: Path = RESULTS) -> Plot:
     """Long sequences, alone, in packs and skewed."""
-    result, source = _newest("peers", results, lambda row: row["case"].startswith("prefill"))
+    result, source = _newest("peers", results, _long)
     panels = []
     for heads in ("H=16 HV=32", "H=4 HV=8"):
         case = re.compile(rf"prefill (.+) {heads}")
-        rows = [(found[1], row) for row in result["rows"] if (found := case.fullmatch(row["case"])) and _timed(row)]
+        found = [(match[1], row) for row in result["rows"] if (match := case.fullmatch(row["case"])) and _long(row)]
+        rows = [(batch, row) for batch, row in found if _timed(row)]
         panels.append(Panel(heads.replace("=", " = "), _series(rows, "graph_us", _PROMPTS)))
     text = "Prompts, number x tokens each, in a CUDA graph (K = V = 128; skew: one of 6208 tokens and 31 of 64)"
     return Plot("prompts", "dots", "prompts", "us per call", tuple(panels), text, source)
+
+
+def _long(row: dict[str, Any]) -> bool:
+    return bool(row["extra"].get("group") == "prefill")
 
 
 def host(results: Path = RESULTS) -> Plot:

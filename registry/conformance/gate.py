@@ -102,7 +102,7 @@ def gate(
     Args:
         case: the op's case record; its problem is the one to be tuned.
         adversarial: another case of the same problem; None lets the op make one.
-        max_token_heads: tokens times heads to compare with the reference (a thousand take about a second at
+        max_token_heads: tokens times heads to compare with the reference (a thousand take about a tenth of a second at
             K = V = 128); beyond, a random subset of heads stands for all, the first and the last among them.
         kept: keeps calls and references between candidates of one case (the dearest part of the gate); pass one for
             all of them, and drop it with the case.

@@ -42,6 +42,7 @@ class Entry:
         grad: None where no tensor requires grad; else whether grad mode was on.
         shapes: of q and v.
         has_cu ... has_out: which optional tensors are given; separate: ``output_state_indices`` is.
+        is_step: a pool is updated in place and, but for offsets, nothing else is given: decode and prompt steps.
         word: such calls' settings, as the operator of decode and prompt steps takes them (``torch_settings``); None for
             calls that are no such steps, and for steps that the operator's kernel leaves to the hot path.
         present, guard: which of the call's tensors are looked at, and what they must be like.
@@ -76,6 +77,7 @@ class Entry:
     has_parents: bool
     has_out: bool
     separate: bool
+    is_step: bool
     word: str | None
     present: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     guard: Guard
@@ -131,11 +133,8 @@ class Entry:
         is_step = (
             looked_at in (_OF_STEPS, [*_OF_STEPS, TENSORS.index("cu_seqlens")])
             and given["disable_state_update"] is False
-            and call.layout is None
-            and not is_host_tensor
-            and not grads
-            and pinned is not None
         )
+        has_word = is_step and call.layout is None and not is_host_tensor and not grads and pinned is not None
         profile = None
         if call.layout is not None:
             profile = call.layout.profile
@@ -163,7 +162,8 @@ class Entry:
             has_parents=call.parents is not None,
             has_out=given["out"] is not None,
             separate=output_slots is not None,
-            word=settings_of(*(given[name] for name in Settings._fields)) if is_step else None,
+            is_step=is_step,
+            word=settings_of(*(given[name] for name in Settings._fields)) if has_word else None,
             present=present,
             guard=guard(present(tensors)),
             on_cuda=call.q.is_cuda,

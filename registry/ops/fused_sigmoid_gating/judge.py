@@ -32,8 +32,8 @@ class Limits:
             ``equal_bits_count`` values (a smaller sample says nothing).
 
     Where operands are rounded (``Reference.o_noise``) no share of bits can be asked for, and the error that this will
-    typically cause adds to ``rel_l2``, times what a sample of so many independent columns may come to: see
-    :func:`_allowance`.
+    typically cause adds to ``rel_l2``, times what a sample of so many independent errors may come to: see
+    :func:`_allowance`, and for states :func:`_allowance_of_states`.
     """
 
     rel_l2: float
@@ -103,7 +103,9 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
         cut, length = slice(ref.offsets[first], ref.offsets[first + count]), lengths[first]
         got, exact, bound = (_by_head(t[cut], count, length) for t in (rows, ref.o, ref.o_bound))
         noise = None if ref.o_noise is None else _by_head(ref.o_noise[cut], count, length)
-        outputs.add(got, exact, bound, noise, length)
+        # Roundings of states and values differ from column to column of V, those of a chunk's matrices from token to
+        # token: so many errors are independent as there are of the fewer.
+        outputs.add(got, exact, bound, noise, _allowance(min(length, call.value_dim)))
     outputs.report("output", ratio_limit, faults)
 
     states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32", rerounded, noisy)
@@ -115,8 +117,11 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
             got = torch.stack([_kv(call.pool[slots[n]], heads, call) for n in which]).flatten(0, 1)
             exact = ref.state[which].flatten(0, 1)
             bound = ref.state_bound[which].flatten(0, 1)[:, None, :].expand_as(exact)
-            noise = None if ref.state_noise is None else ref.state_noise[which].flatten(0, 1)
-            states.add(got, exact, bound, noise, lengths[which[0]])
+            noise = allowance = None
+            if ref.state_noise is not None and ref.state_scatter is not None:
+                noise = ref.state_noise[which].flatten(0, 1)
+                allowance = _allowance_of_states(ref.state_scatter[:, which].flatten(1), call.value_dim)
+            states.add(got, exact, bound, noise, allowance)
         states.report("state", ratio_limit, faults)
 
     steps = _Comparison(
@@ -169,14 +174,35 @@ def _kv(state: torch.Tensor, heads: torch.Tensor, call: Call) -> torch.Tensor:
     return chosen if call.state_layout == "kv" else chosen.transpose(-1, -2)
 
 
+#: Of how rare a sample errors are allowed: exp(-20), one in 10**9.
+_RARE = 20.0
+#: No sum of squares of roundings to bfloat16 is more times its mean than if two of them, that everything shares, were
+#: the largest there are: (2 ** -8 / the root mean square)**2 for either.
+_LARGEST = 2 / TYPICAL**2
+
+
 def _allowance(independent: int) -> float:
     """How many times its mean a sum of so many independent squares is, at most, but for one time in 10**9.
 
-    Laurent and Massart's bound for chi-squared: 1 + 2 sqrt(x / n) + 2 x / n with x = 20. And at most what two roundings
-    give that all values share, each the largest there is: (2 ** -8 / its root mean square)**2 for either.
+    Laurent and Massart's bound for chi-squared: 1 + 2 sqrt(x / n) + 2 x / n with x = 20; and at most ``_LARGEST``.
     """
     n = max(1, independent)
-    return min(1 + 2 * math.sqrt(20 / n) + 40 / n, 2 / TYPICAL**2)
+    return min(1 + 2 * math.sqrt(_RARE / n) + 2 * _RARE / n, _LARGEST)
+
+
+def _allowance_of_states(scatter: torch.Tensor, columns: int) -> torch.Tensor:
+    """The same for the squares of a state's errors, ``[heads]``.
+
+    What differs from column to column is as many independent errors as there are columns. What all columns share
+    is as many as there are tokens, each with a weight of its own: where decay is strong the last few have nearly all.
+    For weights that add up to 1 the same bound is 1 + 2 sqrt(x) |w| + 2 x max w.
+
+    Args:
+        scatter: ``[3, heads]``, see ``OperandRounding.scatter``.
+    """
+    part, most, root = scatter.unbind()
+    shared = (1 + 2 * math.sqrt(_RARE) * root + 2 * _RARE * most).clamp(max=_LARGEST)
+    return (1 - part) * _allowance(columns) + part * shared
 
 
 class _Comparison:
@@ -200,13 +226,12 @@ class _Comparison:
         exact: torch.Tensor,
         bound: torch.Tensor,
         noise: torch.Tensor | None = None,
-        tokens: int = 0,
+        allowance: float | torch.Tensor | None = None,
     ) -> None:
         """``got`` in its own dtype, ``exact``, ``bound`` and ``noise`` float64, all ``[heads, ..., V]``.
 
         Args:
-            tokens: of the sequence. Roundings of states and values differ from column to column of V, those of a
-                chunk's matrices from token to token: so many errors are independent as there are of the fewer.
+            allowance: how many times the sum of the squares of ``noise`` there may be; of all heads, or ``[heads]``.
         """
         if not got.numel():
             return
@@ -222,7 +247,7 @@ class _Comparison:
         if self.dtype in ("bfloat16", "float16"):
             self.equal += int(same.sum())
             self.counted += same.numel()
-        self._relative(value, exact, target, noise, min(tokens, exact.shape[-1]))
+        self._relative(value, exact, target, noise, allowance)
 
     def _relative(
         self,
@@ -230,7 +255,7 @@ class _Comparison:
         exact: torch.Tensor,
         target: torch.Tensor,
         noise: torch.Tensor | None,
-        independent: int,
+        allowance: float | torch.Tensor | None,
     ) -> None:
         value, exact, target = value.flatten(1), exact.flatten(1), target.flatten(1)
         finite = torch.isfinite(target).all(-1)
@@ -241,9 +266,10 @@ class _Comparison:
         error = (value - exact).norm(dim=-1)[usable] / norm[usable]
         floor = (target - exact).norm(dim=-1)[usable] / norm[usable]
         allowed = torch.maximum(torch.full_like(floor, self.limits.rel_l2), 1.05 * floor)
-        if noise is not None:
+        if noise is not None and allowance is not None:
             typical = noise.flatten(1).norm(dim=-1)[usable] / norm[usable]
-            allowed = (allowed.square() + _allowance(independent) * typical.square()).sqrt()
+            times = allowance[usable] if isinstance(allowance, torch.Tensor) else allowance
+            allowed = (allowed.square() + times * typical.square()).sqrt()
         self.rel = max(self.rel, math.inf if bool(torch.isnan(error).any()) else float(error.max()))
         excess = error / allowed
         self.rel_excess = max(self.rel_excess, math.inf if bool(torch.isnan(excess).any()) else float(excess.max()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Self
+
+import torch
 
 from ....errors import ArgumentTypeError
 from ...decision import Decision
@@ -16,7 +19,7 @@ from .validate import canonical_call
 __all__ = ["FusedSigmoidGating"]
 
 
-class FusedSigmoidGating(HotPath):
+class FusedSigmoidGating(partial[torch.Tensor], HotPath):
     """The fused sigmoid-gated delta rule: gates, L2 norm, recurrence and state pool in one call.
 
     See ``__call__`` for the contract. The same object serves every shape; the backend is chosen per call. It may be
@@ -26,9 +29,24 @@ class FusedSigmoidGating(HotPath):
     name = "fused_sigmoid_gating"
     dispatcher: Dispatcher
 
+    def __new__(cls, dispatcher: Dispatcher) -> Self:
+        # To call an object whose class has a ``__call__`` of its own, Python makes a tuple and a dictionary of what it
+        # is given: 0.46 us, where a function takes 0.19. ``partial`` hands the arguments on as they come: 0.24, from
+        # Python 3.12 on (before, its subclasses do not). It hands them to another object with the same entries: this
+        # one cannot be among its own arguments.
+        return super().__new__(cls, HotPath.__call__, HotPath(dispatcher))
+
     def __init__(self, dispatcher: Dispatcher) -> None:
-        super().__init__(dispatcher)
+        [hot] = self.args
+        vars(self).update(vars(hot))
         self.dispatcher = dispatcher
+        vars(self)["__call__"] = hot.__call__  # for those who keep it: the method, not partial's
+
+    def __copy__(self) -> Self:
+        return self  # as functions are copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def decide(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Decision:
         """The decision a call with these arguments leads to. Runs and writes nothing."""

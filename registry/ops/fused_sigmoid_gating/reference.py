@@ -16,31 +16,39 @@ error already made; what remains is the sum of the local rounding errors. With u
 ``c_g``, ``c_beta``, ``c_n`` are the relative errors, in units of u, of the decay, of beta and of a normalised
 vector; ``d = h'^T k``. Chunked forms evaluate the same sums from their parts (the state at the start of the chunk,
 and each earlier token of the chunk), so cancellation between the parts is rounded too: there ``|h'|`` is replaced
-by the majorant ``M' = sum of |parts|`` and the decays' errors accumulate over the chunk in ``F``. All bounds include
-what underflow may do, :data:`UNDERFLOW`. Evaluations that cut sequences into segments: see ``segments.py``.
+by the majorant ``M' = sum of |parts|`` and the decays' errors accumulate over the chunk in ``F`` (``local_errors.py``).
+All bounds include what underflow may do, :data:`UNDERFLOW`. Evaluations that cut sequences into segments: see
+``segments.py``.
+
+Only the states and ``E`` go token by token, of all sequences at once (``recurrence.py``, ``packing.py``); what needs no
+more than the states is found for a block of tokens, or for a chunk.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 
 from ...backend import Chunked
 from .call import Call
-from .gates import beta_of, log_decay, normalise
+from .local_errors import chunk_errors, token_errors
 from .operands import CERTAIN, TYPICAL, UNIT, OperandRounding
-from .segments import U32, Segments
+from .packing import Packing
+from .recurrence import accumulate_errors, advance
+from .segments import Segments
+from .tokens import F64, Tokens, on
+from .verify_tree import VerifyTree
 
 __all__ = ["Reference", "reference"]
 
 #: Below 2**-126 float32 has no relative accuracy, and a GPU may flush to zero; a sum of K terms, or a gate times a
 #: value, carries up to about 256 such errors.
 UNDERFLOW = 2.0**-118
-F64 = torch.float64
+#: Most values that the states of a block of tokens may have together: what a CPU's cache holds; a GPU has room.
+_BLOCK, _BLOCK_OF_GPU = 1 << 19, 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class Reference:
             the call stores intermediate states.
         o_noise, state_noise: like ``o`` and ``state``: the root mean square error that rounded operands will typically
             cause; None for evaluations in float32.
+        state_scatter: ``[3, N, heads]``, of the errors whose size ``state_noise`` is, see ``OperandRounding.scatter``.
     """
 
     heads: tuple[int, ...]
@@ -68,30 +77,17 @@ class Reference:
     steps_bound: torch.Tensor | None
     o_noise: torch.Tensor | None = None
     state_noise: torch.Tensor | None = None
+    state_scatter: torch.Tensor | None = None
 
     def lasting(self) -> tuple[torch.Tensor, ...]:
         """All its tensors: nothing may change them."""
         exact = (self.o, self.o_bound, self.state, self.state_bound, self.steps, self.steps_bound)
-        all_of_them = (*exact, self.o_noise, self.state_noise)
+        all_of_them = (*exact, self.o_noise, self.state_noise, self.state_scatter)
         return tuple(t for t in all_of_them if t is not None)
 
     def places(self) -> tuple[int, ...]:
         """What it describes."""
         return (*self.heads, *self.offsets)
-
-
-@dataclass(frozen=True, slots=True)
-class _Gates:
-    """Per-token quantities for the chosen heads, float64: decay and its error, beta and its error, q, k, v."""
-
-    decay: torch.Tensor  # [tokens, heads, K or 1]
-    decay_error: torch.Tensor  # same, in units of u, relative
-    beta: torch.Tensor  # [tokens, heads, 1]
-    beta_error: torch.Tensor
-    q: torch.Tensor  # [tokens, heads, K], normalised and scaled
-    k: torch.Tensor
-    v: torch.Tensor  # [tokens, heads, V]
-    norm_error: float
 
 
 def reference(
@@ -113,88 +109,50 @@ def reference(
         device: where to compute and leave the results. A GPU's float64 is as good, and much faster on large states,
             where one trusts it more than the kernel that is judged.
     """
-    rounded, cut = (chunk.rounded, chunk.cut) if isinstance(chunk, Chunked) else (False, 0)
-    chunk = chunk.tokens if isinstance(chunk, Chunked) else chunk
+    chunked = chunk if isinstance(chunk, Chunked) else Chunked(chunk or 0)
     device = torch.device(device)
     chosen = tuple(range(call.hv)) if heads is None else tuple(heads)
     index = torch.tensor(chosen, dtype=torch.int64, device=device)
-    gates = _gates(call, index, chunk)
-    offsets = call.offsets if call.lengths_on_host else tuple(_on(call.cu_seqlens, "cpu").tolist())
-    n = len(offsets) - 1
-    lengths = [y - x for x, y in pairwise(offsets)]
-    order = sorted(range(n), key=lambda i: -lengths[i])
-    k_dim, v_dim = call.key_dim, call.value_dim
+    offsets = call.offsets if call.lengths_on_host else tuple(on(call.cu_seqlens, "cpu").tolist())
+    packing = Packing.of(offsets, device)
+    start = _start_states(call, index, len(offsets) - 1) if initial is None else on(initial, device).to(F64)
+    walk = _Walk(call, packing, Tokens.of(call, index, packing.rows, chunked.tokens), start, chunked)
+    walk.run()
 
-    start = _start_states(call, index, n) if initial is None else initial.to(device, F64)
-    h = start[order].clone() if n else start.clone()
-    error = torch.zeros(n, len(chosen), v_dim, dtype=F64, device=device)
-    o = torch.full((call.tokens, len(chosen), v_dim), math.nan, dtype=F64, device=device)
-    o_bound = torch.zeros_like(o)
-    keep = call.intermediates is not None
-    shape = (call.tokens, len(chosen), k_dim, v_dim)
-    steps = torch.full(shape, math.nan, dtype=F64, device=device) if keep else None
-    steps_bound = torch.zeros(call.tokens, len(chosen), v_dim, dtype=F64, device=device) if keep else None
-    tree = _Tree.of(call, order, h) if call.parents is not None else None
-    major = h.abs() if chunk else None
-    spread = torch.zeros_like(h) if chunk else None
-    starts = torch.tensor([offsets[i] for i in order], dtype=torch.int64, device=device)
-    ends = torch.tensor([offsets[i + 1] for i in order], dtype=torch.int64, device=device)
-    operands = OperandRounding(call.tokens, h) if rounded else None
-    segments = Segments(cut, h, call.tokens, rounded) if chunk and cut else None
-    wide = replace(gates, v=Segments.values(gates.v, k_dim)) if segments is not None else None
+    back = torch.tensor(packing.order, dtype=torch.int64, device=device).argsort()
+    v, operands, rows = call.value_dim, walk.operands, packing.rows
 
-    for t in range(max(lengths, default=0)):
-        live = sum(1 for i in order if lengths[i] > t)  # order is by length: a prefix is alive
-        rows = starts[:live] + t
-        if tree is not None and t:
-            tree.load(t, live, h, error, steps, steps_bound, [offsets[i] + t for i in order[:live]])
-        if segments is not None and t % cut == 0:
-            segments.begin(live, h, error, operands)
-        if chunk and t % chunk == 0 and major is not None and spread is not None:
-            major[:live] = h[:live].abs()
-            spread[:live] = 0
-            tokens = rows[:, None] + torch.arange(chunk, device=device)
-            there = tokens < ends[:live, None]
-            tokens = torch.where(there, tokens, rows[:, None])
-            if operands is not None:
-                operands.add(tokens, there, h[:live], gates.q, gates.k, gates.v, gates.decay, gates.beta)
-            if segments is not None and wide is not None:
-                segments.begin_chunk(live, tokens, there, wide.q, wide.k, wide.v, wide.decay, wide.beta)
-        _step(call, gates, rows, h, error, o, o_bound, live, major, spread, chunk)
-        if segments is not None and wide is not None and chunk:
-            _advance(call, wide, rows, segments.h, segments.error, live, segments.major, segments.spread, chunk)
-        if chunk and major is not None and spread is not None:
-            full = (t + 1) % chunk == 0
-            formed = [i for i in range(live) if full or lengths[order[i]] == t + 1]
-            if formed:
-                _form_state(gates, error, major, spread, formed, chunk)
-                if segments is not None:
-                    _form_state(gates, segments.error, segments.major, segments.spread, formed, chunk)
-            if segments is not None and (t + 1) % cut == 0:
-                segments.join(sum(1 for i in order if lengths[i] > t + 1), h, error, operands)
-        if steps is not None and steps_bound is not None:
-            steps[rows] = h[:live]
-            steps_bound[rows] = error[:live]
+    def of_tokens(packed: torch.Tensor, elsewhere: float) -> torch.Tensor:
+        full = packed.new_full((call.tokens, *packed.shape[1:]), elsewhere)
+        full[rows] = packed
+        return full
 
-    back = torch.tensor(order, dtype=torch.int64, device=device).argsort()
-    for bound in (o_bound, steps_bound):
-        if bound is not None:
-            bound[: offsets[-1]] += UNDERFLOW
-    # An empty sequence keeps its bits.
-    run = torch.tensor([length > 0 for length in lengths], dtype=torch.bool, device=device)
-    state_bound = error[back]
-    o_noise = state_noise = None
+    o_bound, state_bound = walk.o_bound + UNDERFLOW, walk.error[back, :, :v]
+    o_noise = state_noise = state_scatter = None
     if operands is not None:
         o_bound = o_bound + CERTAIN * UNIT * operands.o.sqrt()
-        state_bound = state_bound + CERTAIN * UNIT * operands.column[back].sqrt()
-        o_noise, state_noise = (TYPICAL * UNIT * x.sqrt() for x in (operands.o_typical, operands.state[back]))
-    state_bound[run] += UNDERFLOW
-    return Reference(chosen, offsets, o, o_bound, h[back], state_bound, steps, steps_bound, o_noise, state_noise)
-
-
-def _on(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
-    assert tensor is not None
-    return tensor.detach().to(device)
+        state_bound = state_bound + CERTAIN * UNIT * operands.column[back, :, :v].sqrt()
+        o_noise = of_tokens(TYPICAL * UNIT * operands.o_typical.sqrt(), 0.0)
+        state_noise = TYPICAL * UNIT * operands.state[back, ..., :v].sqrt()
+        state_scatter = operands.scatter(v)[:, back]
+    # An empty sequence keeps its bits.
+    ran = (packing.lengths > 0)[back, None, None]
+    state_bound = torch.where(ran, state_bound + UNDERFLOW, state_bound)
+    if walk.steps_bound is not None:
+        walk.steps_bound[rows] += UNDERFLOW
+    return Reference(
+        chosen,
+        offsets,
+        of_tokens(walk.o, math.nan),
+        of_tokens(o_bound, 0.0),
+        walk.h[back, ..., :v],
+        state_bound,
+        walk.steps,
+        walk.steps_bound,
+        o_noise,
+        state_noise,
+        state_scatter,
+    )
 
 
 def _start_states(call: Call, index: torch.Tensor, n: int) -> torch.Tensor:
@@ -203,197 +161,104 @@ def _start_states(call: Call, index: torch.Tensor, n: int) -> torch.Tensor:
         return start
     for i, slot in enumerate(call.read_slots.tolist()):
         if slot >= 0:
-            state = _on(call.pool[slot], index.device)[index].to(F64)
+            state = on(call.pool[slot], index.device)[index].to(F64)
             start[i] = state if call.state_layout == "kv" else state.transpose(-1, -2)
     return start
 
 
-def _flat(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``[B, T, ...]`` to ``[tokens, ...]``, float64."""
-    return _on(tensor, device).to(F64).flatten(0, 1)
+class _Walk:
+    """One evaluation. Sequences in the packing's order, tokens in its positions; ``steps`` in the call's rows.
 
+    Attributes:
+        h, error: ``[N, heads, K, columns]``, ``[N, heads, columns]``: current states and their errors. The columns are
+            V, or with segments those that :class:`Segments` describes.
+        o, o_bound: ``[positions, heads, V]``.
+        steps, steps_bound: as of :class:`Reference`.
+    """
 
-def _gates(call: Call, index: torch.Tensor, chunk: int | None) -> _Gates:
-    group, device = index // (call.hv // call.h), index.device
-    q, k, v = _flat(call.q, device)[:, group], _flat(call.k, device)[:, group], _flat(call.v, device)[:, index]
-    a, b = _flat(call.a, device)[:, index], _flat(call.b, device)[:, index]
-    A_log, bias = _on(call.A_log, device).to(F64)[index], _on(call.dt_bias, device).to(F64)[index]
-    if call.is_kda:
-        A_log = A_log[:, None]
-    else:
-        a, bias, A_log = a[..., None], bias[..., None], A_log[..., None]
-    x = a + bias
-    g = log_decay(A_log, x, call.softplus_beta, call.softplus_threshold, call.lower_bound)
-    beta = beta_of(b, call.allow_neg_eigval)[..., None]
-    norm_error = 0.0
-    if call.use_qk_l2norm:
-        q, k = normalise(q), normalise(k)
-        norm_error = 3 * math.sqrt(call.key_dim) + 5
-    return _Gates(
-        decay=torch.exp(g),
-        decay_error=_decay_error(call, A_log, a, bias, x, g, chunk),
-        beta=beta,
-        beta_error=4 + b[..., None].abs() * (1 - torch.sigmoid(b))[..., None],
-        q=q * call.scale,
-        k=k,
-        v=v,
-        norm_error=norm_error,
-    )
+    def __init__(self, call: Call, packing: Packing, tokens: Tokens, start: torch.Tensor, chunked: Chunked) -> None:
+        self.packing, self.tokens, self.chunk = packing, tokens, chunked.tokens
+        start = start[list(packing.order)].clone()  # also where there is none
+        heads, k_dim, v_dim = start.shape[1:]
+        cut = chunked.cut if chunked.tokens and chunked.cut < packing.longest else 0
+        self.segments = Segments(cut, start) if cut else None
+        self.h = start.clone() if self.segments is None else self.segments.h
+        self.v = tokens.v if self.segments is None else Segments.values(tokens.v, k_dim)
+        self.error = self.h.new_zeros(len(start), heads, self.h.shape[-1])
+        self.o, self.o_bound = torch.empty_like(tokens.v), torch.empty_like(tokens.v)
+        self.operands = OperandRounding(len(packing.rows), self.h, v_dim) if chunked.rounded else None
+        self.steps = self.steps_bound = self.tree = None
+        if call.intermediates is not None:
+            self.steps = start.new_full((call.tokens, heads, k_dim, v_dim), math.nan)
+            self.steps_bound = start.new_zeros(call.tokens, heads, v_dim)
+            if call.parents is not None:
+                self.tree = VerifyTree.of(call, packing, start, self.steps, self.steps_bound)
+        most = (_BLOCK_OF_GPU if start.is_cuda else _BLOCK) // max(1, math.prod(self.h.shape[1:]))
+        self._block = most if self.tree is None else 0  # a tree says what each place starts from
+        # The same memory for all blocks: new one costs a CPU more than what is done there.
+        self._after = self.h.new_empty(max(packing.live(0), min(most, len(packing.rows))), *self.h.shape[1:])
+        self._before = self._after if self.chunk else torch.empty_like(self._after)
 
+    def run(self) -> None:
+        """All tokens of all sequences."""
+        longest = self.packing.longest
+        if self.chunk:
+            for first in range(0, longest, self.chunk):
+                self._chunk(first, min(first + self.chunk, longest))
+            return
+        for first, last in self.packing.blocks(0, longest, self._block):
+            states = self._states(first, last)
+            self._errors(first, last, *token_errors(self.tokens, self.packing.span(first, last), *states))
 
-def _decay_error(
-    call: Call,
-    A_log: torch.Tensor,
-    a: torch.Tensor,
-    bias: torch.Tensor,
-    x: torch.Tensor,
-    g: torch.Tensor,
-    chunk: int | None,
-) -> torch.Tensor:
-    """Relative error of exp(g) in units of u: that of g (absolute), plus exp's own."""
-    sum_error = a.abs() + bias.abs() + x.abs()  # rounding of a + dt_bias and of its product with beta
-    scale = torch.exp(A_log)
-    if call.lower_bound is not None:
-        y = scale * x
-        slope = abs(call.lower_bound) * torch.sigmoid(y) * torch.sigmoid(-y)
-        g_error = slope * (y.abs() * (4 + A_log.abs()) + scale * sum_error) + 4 * g.abs()
-        g_error = torch.where(slope == 0, 4 * g.abs(), g_error)
-    else:
-        g_error = g.abs() * (2 * (3 + A_log.abs()) + 1)
-        g_error = g_error + scale * torch.sigmoid(call.softplus_beta * x) * sum_error
-    if chunk:
-        g_error = g_error + 6 * math.sqrt(chunk) * g.abs()  # decays between tokens are sums of g over the chunk
-    return g_error + g.abs() + 2
+    def _chunk(self, first: int, last: int) -> None:
+        packing, tokens, segments, live = self.packing, self.tokens, self.segments, self.packing.live(first)
+        if self.tree is not None:
+            self.tree.load_states(first, self.h)
+            self.tree.load_errors(first, self.error)
+        if segments is not None and first % segments.tokens == 0:
+            segments.begin(live, self.error, self.operands)
+        start, rectangle, span = self.h[:live].clone(), packing.rectangle(first, last), packing.span(first, last)
+        if self.operands is not None:
+            which = rectangle.tokens, rectangle.there
+            self.operands.add(*which, start, tokens.q, tokens.k, self.v, tokens.decay, tokens.beta)
+        missed = torch.cat([self._states(*block)[0] for block in packing.blocks(first, last, self._block)])
+        errors = chunk_errors(tokens, span, rectangle, self.v[span], missed, start, self.chunk)
+        self._errors(first, last, errors.local, errors.shown)
+        self.error[:live] += errors.formed
+        if segments is not None and last % segments.tokens == 0:
+            segments.join(packing.live(last), self.error, self.operands)
+        if self.steps_bound is not None:
+            ends = packing.starts[:live] + packing.lengths[:live].clamp(max=last) - 1
+            self.steps_bound[ends] = self.error[:live, :, : self.steps_bound.shape[-1]]
 
+    def _states(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Advance the states; set ``o`` and ``steps``.
 
-def _step(
-    call: Call,
-    gates: _Gates,
-    rows: torch.Tensor,
-    h: torch.Tensor,
-    error: torch.Tensor,
-    o: torch.Tensor,
-    o_bound: torch.Tensor,
-    live: int,
-    major: torch.Tensor | None,
-    spread: torch.Tensor | None,
-    chunk: int | None,
-) -> None:
-    """One token of every live sequence, in place on h, error, o, o_bound (and the chunk's majorants)."""
-    _advance(call, gates, rows, h, error, live, major, spread, chunk)
-    q = gates.q[rows]
-    m, c_n = 6 * math.sqrt(call.key_dim), gates.norm_error
-    o[rows] = torch.einsum("nhkv,nhk->nhv", h[:live], q)
-    if major is None or spread is None or not chunk:
-        parts = (m + c_n + 2) * h[:live].abs()
-    else:
-        parts = spread[:live] + (m + 6 * math.sqrt(chunk) + 4 * c_n + 4) * major[:live]
-    shown = torch.einsum("nhkv,nhk->nhv", parts, q.abs())
-    o_bound[rows] = q.norm(dim=-1, keepdim=True) * error[:live] + U32 * shown
+        Returns ``v - d``, and the states before (but for the decay) and after each token, see :func:`advance`: valid
+        until the next block. In chunks those before are not kept.
+        """
+        if self.tree is not None:
+            self.tree.load_states(first, self.h)
+        tokens, span, width = self.tokens, self.packing.span(first, last), self.o.shape[-1]
+        count = span.stop - span.start
+        before, after = self._before[:count], self._after[:count]
+        decay, k, v, beta = (x[span] for x in (tokens.decay, tokens.k, self.v, tokens.beta))
+        missed = advance(self.h, self.packing.sizes[first:last], decay, k, v, beta, before, after)
+        self.o[span] = (tokens.q[span][..., None, :] @ after[..., :width]).squeeze(-2)
+        if self.steps is not None:
+            self.steps[self.packing.rows[span]] = after[..., :width]
+        return missed, before, after
 
-
-def _advance(
-    call: Call,
-    gates: _Gates,
-    rows: torch.Tensor,
-    h: torch.Tensor,
-    error: torch.Tensor,
-    live: int,
-    major: torch.Tensor | None,
-    spread: torch.Tensor | None,
-    chunk: int | None,
-) -> None:
-    """The states of :func:`_step`, and their errors."""
-    decay, c_g = gates.decay[rows], gates.decay_error[rows]
-    beta, c_beta = gates.beta[rows], gates.beta_error[rows]
-    k, v = gates.k[rows], gates.v[rows]
-    m, c_n = 6 * math.sqrt(call.key_dim), gates.norm_error
-    k_norm, k_abs = k.norm(dim=-1, keepdim=True), k.abs()
-
-    state = h[:live] * decay[..., None]
-    d = torch.einsum("nhkv,nhk->nhv", state, k)
-    u = beta * (v - d)
-    new = state + k[..., None] * u[..., None, :]
-    h[:live] = new
-
-    growth = decay.amax(-1, keepdim=True)
-    if not call.use_qk_l2norm:
-        growth = growth * torch.maximum(torch.ones_like(beta), (1 - beta * k_norm**2).abs())
-    value_error = beta * k_norm * (c_beta + 4 + 2 * c_n) * (v.abs() + d.abs())
-    if major is None or spread is None or not chunk:
-        magnitude = torch.einsum("nhkv,nhk->nhv", state.abs(), k_abs)
-        local = ((c_g[..., None] + 1) * state).norm(dim=-2) + beta * k_norm * (m + 2 * c_n + 2) * magnitude
-        error[:live] = growth * error[:live] + U32 * (local + value_error + 2 * new.norm(dim=-2))
-    else:
-        m_all = m + 6 * math.sqrt(chunk)
-        weight = (c_g * decay)[..., None]
-        spread[:live] = decay[..., None] * spread[:live] + weight * major[:live]
-        parts = decay[..., None] * major[:live]
-        magnitude = torch.einsum("nhkv,nhk->nhv", spread[:live] + (m_all + 4 * c_n + 4) * parts, k_abs)
-        error[:live] = growth * error[:live] + U32 * (beta * k_norm * magnitude + value_error)
-        major[:live] = parts + k_abs[..., None] * u.abs()[..., None, :]
-
-
-def _form_state(
-    gates: _Gates,
-    error: torch.Tensor,
-    major: torch.Tensor,
-    spread: torch.Tensor,
-    which: list[int],
-    chunk: int,
-) -> None:
-    """At the end of a chunk, or of a sequence inside one, the state is formed: its rounding joins the error."""
-    weight = 6 * math.sqrt(chunk) + 2 * gates.norm_error + 4
-    error[which] += U32 * (spread[which] + weight * major[which]).norm(dim=-2)
-
-
-class _Tree:
-    """Token-tree verification: step t starts from the stored state of its parent."""
-
-    def __init__(self, parents: list[list[int]], chained: list[bool], start: torch.Tensor, rounding: float) -> None:
-        self.parents = parents
-        self.chained = chained
-        self.start = start
-        self.rounding = rounding
-
-    @classmethod
-    def of(cls, call: Call, order: list[int], start: torch.Tensor) -> _Tree:
-        from .dtypes import dtype_name, unit_roundoff
-
-        assert call.intermediates is not None
-        assert call.parents is not None
-        assert call.intermediate_rows is not None
-        table = call.parents.tolist()
-        rows = call.intermediate_rows.tolist()
-        name = dtype_name(call.intermediates.dtype)
-        rounding = 0.0 if name in ("float32", "float64") else unit_roundoff(name)
-        return cls([table[i] for i in order], [rows[i] < 0 for i in order], start.clone(), rounding)
-
-    def load(
-        self,
-        t: int,
-        live: int,
-        h: torch.Tensor,
-        error: torch.Tensor,
-        steps: torch.Tensor | None,
-        steps_bound: torch.Tensor | None,
-        rows: list[int],
-    ) -> None:
-        """Put each live sequence's parent state, as the buffer's dtype holds it, into h."""
-        assert steps is not None
-        assert steps_bound is not None
-        for i in range(live):
-            parent = self.parents[i][t]
-            if self.chained[i]:
-                continue  # nothing is stored for this sequence, so its steps follow one another
-            if parent < 0:
-                h[i], error[i] = self.start[i], 0
-                continue
-            row = rows[i] - t + parent
-            h[i], error[i] = steps[row], steps_bound[row]
-            if self.rounding:
-                # An evaluation's state may round to the neighbouring value: one whole ulp apart, per element.
-                exact = h[i]
-                dtype = torch.bfloat16 if self.rounding > 2.0**-10 else torch.float16
-                h[i] = exact.to(dtype).to(F64)
-                error[i] = error[i] + 2 * self.rounding * exact.norm(dim=-2)
+    def _errors(self, first: int, last: int, local: torch.Tensor, shown: torch.Tensor) -> None:
+        """Advance the errors; set ``o_bound`` and ``steps_bound``."""
+        tokens, v, base = self.tokens, self.o.shape[-1], self.packing.bases[first]
+        for begin, end in self.packing.blocks(first, last, len(local) if self.tree is None else 0):
+            if self.tree is not None:
+                self.tree.load_errors(begin, self.error)
+            span = self.packing.span(begin, end)
+            here = slice(span.start - base, span.stop - base)
+            errors = accumulate_errors(self.error, self.packing.sizes[begin:end], tokens.growth[span], local[here])
+            errors = errors[..., :v]
+            self.o_bound[span] = tokens.q[span].norm(dim=-1, keepdim=True) * errors + shown[here]
+            if self.steps_bound is not None:
+                self.steps_bound[self.packing.rows[span]] = errors

@@ -26,86 +26,70 @@ import math
 
 import torch
 
-from .operands import OperandRounding
+from .local_errors import U32
+from .operands import OperandRounding, squared_norm
 
-__all__ = ["U32", "Segments"]
-
-#: Unit roundoff of float32.
-U32 = 2.0**-24
+__all__ = ["Segments"]
 
 
 class Segments:
-    """The columns ``[B | M]`` of the current segment of every sequence. All tensors float64; N sequences, H heads.
+    """The columns ``[S | B | M]``, of N sequences: the state as it is and its current segment's, side by side.
 
     Attributes:
-        h, error: ``[N, H, K, V + K]`` and per column ``[N, H, V + K]``; major, spread: like ``h``, see ``reference``.
+        tokens: of a segment.
+        h: ``[N, H, K, V + V + K]`` float64, the columns that the recurrence takes through the tokens.
     """
 
-    def __init__(self, tokens: int, states: torch.Tensor, total: int, rounded: bool) -> None:
-        n, heads, k, v = states.shape
+    def __init__(self, tokens: int, states: torch.Tensor) -> None:
+        n, heads, k, self._v = states.shape
         self.tokens = tokens
-        self.h = states.new_zeros(n, heads, k, v + k)
-        self.error = states.new_zeros(n, heads, v + k)
-        self.major, self.spread = torch.zeros_like(self.h), torch.zeros_like(self.h)
-        self._operands = OperandRounding(total, self.h) if rounded else None
-        self._start = torch.zeros_like(states)
-        self._start_error = states.new_zeros(n, heads, v)
-        self._start_column, self._start_entries = torch.zeros_like(self._start_error), torch.zeros_like(states)
+        self.h = torch.cat((states, states.new_zeros(n, heads, k, self._v + k)), -1)
+        self._start, self._start_entries = torch.zeros_like(states), torch.zeros_like(states)
+        self._start_error = states.new_zeros(n, heads, self._v)
+        self._start_column = torch.zeros_like(self._start_error)
 
     @staticmethod
     def values(v: torch.Tensor, k_dim: int) -> torch.Tensor:
-        """``[tokens, H, V]`` with zeros for the columns of ``M``."""
-        return torch.cat((v, v.new_zeros(*v.shape[:-1], k_dim)), -1)
+        """``[tokens, H, V]`` for the columns of ``S`` and of ``B``, with zeros for those of ``M``."""
+        return torch.cat((v, v, v.new_zeros(*v.shape[:-1], k_dim)), -1)
 
-    def begin(self, live: int, h: torch.Tensor, error: torch.Tensor, operands: OperandRounding | None) -> None:
-        """The first ``live`` sequences begin a segment from states ``h`` with these errors."""
-        v = h.shape[-1]
-        self.h[:live, :, :, :v] = 0
-        self.h[:live, :, :, v:] = torch.eye(h.shape[-2], dtype=h.dtype, device=h.device)
-        self.error[:live] = 0
-        self._start[:live], self._start_error[:live] = h[:live], error[:live]
-        if operands is not None and self._operands is not None:
-            self._operands.column[:live] = 0
-            self._operands.state[:live] = 0
+    def begin(self, live: int, error: torch.Tensor, operands: OperandRounding | None) -> None:
+        """The first ``live`` sequences begin a segment from the states they have, with these errors."""
+        v, h = self._v, self.h[:live]
+        h[..., v : 2 * v] = 0
+        h[..., 2 * v :] = torch.eye(h.shape[-2], dtype=h.dtype, device=h.device)
+        error[:live, :, v:] = 0
+        self._start[:live], self._start_error[:live] = h[..., :v], error[:live, :, :v]
+        if operands is not None:
+            operands.column[:live, :, v:] = 0
+            operands.state[:live, ..., v:] = 0
             operands.shared[:live] = 0
-            self._start_column[:live], self._start_entries[:live] = operands.column[:live], operands.state[:live]
+            self._start_column[:live] = operands.column[:live, :, :v]
+            self._start_entries[:live] = operands.state[:live, ..., :v]
 
-    def begin_chunk(
-        self,
-        live: int,
-        tokens: torch.Tensor,
-        there: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor,
-        beta: torch.Tensor,
-    ) -> None:
-        """Arguments as of :meth:`OperandRounding.add`, ``v`` as :meth:`values` gives it."""
-        self.major[:live] = self.h[:live].abs()
-        self.spread[:live] = 0
-        if self._operands is not None:
-            self._operands.add(tokens, there, self.h[:live], q, k, v, decay, beta)
-
-    def join(self, count: int, h: torch.Tensor, error: torch.Tensor, operands: OperandRounding | None) -> None:
+    def join(self, count: int, error: torch.Tensor, operands: OperandRounding | None) -> None:
         """The first ``count`` sequences start their next segment from joined states: sets the errors of those."""
         if not count:
             return
-        v, m = h.shape[-1], 6 * math.sqrt(h.shape[-2])
-        passage, start = self.h[:count, :, :, v:], self._start[:count]
-        own, unit = self.error[:count, :, :v], self.error[:count, :, v:]
-        norm = torch.linalg.matrix_norm(passage, 2)[..., None]
+        v, h, m = self._v, self.h[:count], 6 * math.sqrt(self.h.shape[-2])
+        state, passage, start = h[..., :v], h[..., 2 * v :], self._start[:count]
+        own, unit = error[:count, :, v : 2 * v], error[:count, :, 2 * v :]
+        gain = squared_norm(passage)[..., None]
         sums = passage.abs() @ start.abs()
-        rounding = (m + 2) * sums.norm(dim=-2) + 2 * h[:count].norm(dim=-2)
+        rounding = (m + 2) * sums.norm(dim=-2) + 2 * state.norm(dim=-2)
         met = torch.einsum("nhkv,nhk->nhv", start.abs(), unit)
-        error[:count] = norm * self._start_error[:count] + met + own + U32 * rounding
-        if operands is None or self._operands is None:
+        error[:count, :, :v] = gain.sqrt() * self._start_error[:count] + met + own + U32 * rounding
+        if operands is None:
             return
-        column, entries, squares = self._operands.column[:count], self._operands.state[:count], start * start
-        met = torch.einsum("nhkv,nhk->nhv", squares, column[..., v:])
-        before = norm * norm * self._start_column[:count]
-        joined = before + met + column[..., :v] + operands.shared[:count]
-        operands.column[:count] = torch.maximum(operands.column[:count], joined)  # which holds those of whole ones
+        column, entries, squares = operands.column[:count], operands.state[:count], start * start
+        met = torch.einsum("nhkv,nhk->nhv", squares, column[..., 2 * v :])
+        before = gain * self._start_column[:count]
+        joined = before + met + column[..., v : 2 * v] + operands.shared[:count, :, :v]
+        # The larger of the two, since a sequence may be whole.
+        column[..., :v] = torch.maximum(column[..., :v], joined)
         before = (passage * passage) @ self._start_entries[:count]
-        joined = before + entries[..., v:] @ squares + entries[..., :v]
-        operands.state[:count] = torch.maximum(operands.state[:count], joined)
+        joined = before + entries[..., 2 * v :] @ squares + entries[..., v : 2 * v]
+        whole = entries[..., :v].sum((-2, -1))
+        entries[..., :v] = torch.maximum(entries[..., :v], joined)
+        more = entries[..., :v].sum((-2, -1)) / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+        operands.tied[:, :count] *= torch.stack((more, more, more * more))  # of what there is more, as large a part

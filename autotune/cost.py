@@ -23,21 +23,25 @@ class _Rates:
 
     Attributes:
         problem: loading, round trips, the race. candidate: binding it, its first calls and, of the best, the gate.
+        place: of each candidate and each of the sequences' places, were all as long as the longest: first calls of
+            candidates that pad.
         token: of the longest sequence: three references with their bounds go through it step by step.
         state_byte: states are made up and compared several times.
     """
 
     problem: float
     candidate: float
+    place: float
     token: float
     state_byte: float
 
 
-_CPU = _Rates(problem=1.0, candidate=0.05, token=45e-3, state_byte=2.2e-7)
-#: Eager launches are timed for longer, and by the host.
+_CPU = _Rates(problem=0.07, candidate=0.11, place=1.4e-6, token=10e-3, state_byte=6.7e-8)
+#: Eager launches are timed for longer, and by the host. ``token`` is a sixth of what was measured before references
+#: took a sixth of the operations; the rest was measured.
 _GPU = {
-    "graph": _Rates(problem=0.9, candidate=18e-3, token=4.5e-3, state_byte=2e-9),
-    "eager": _Rates(problem=1.6, candidate=20e-3, token=4.5e-3, state_byte=2e-9),
+    "graph": _Rates(problem=0.9, candidate=18e-3, place=0.0, token=0.75e-3, state_byte=2e-9),
+    "eager": _Rates(problem=1.6, candidate=20e-3, place=0.0, token=0.75e-3, state_byte=2e-9),
 }
 
 #: Seconds on the machine the CPU's rates are of for a probe to take (see ``_probe``): others are scaled by theirs.
@@ -88,7 +92,8 @@ class CostModel:
         state: int = profile.n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
         stored = state * (longest + 1) if problem.intermediates != "none" else 0
         each_token = rates.token * longest + rates.state_byte * (state + stored)
-        return self.scale * (rates.problem + rates.candidate * candidates + (0.0 if proven else each_token))
+        each_candidate = rates.candidate + rates.place * profile.n * longest
+        return self.scale * (rates.problem + each_candidate * candidates + (0.0 if proven else each_token))
 
 
 def start_seconds(device: str) -> float:

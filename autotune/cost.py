@@ -88,11 +88,12 @@ class CostModel:
         problem = task.problem
         rates = _CPU if problem.device == "cpu" else _GPU[task.recipe.mode]
         profile = problem.profile
+        n: int = profile.n
         longest: int = profile.longest or profile.tokens
-        state: int = profile.n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
+        state: int = n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
         stored = state * (longest + 1) if problem.intermediates != "none" else 0
         each_token = rates.token * longest + rates.state_byte * (state + stored)
-        each_candidate = rates.candidate + rates.place * profile.n * longest
+        each_candidate = rates.candidate + rates.place * n * longest
         return self.scale * (rates.problem + each_candidate * candidates + (0.0 if proven else each_token))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["Job", "Key", "Row", "compile_rows", "differences", "rows_of", "text_of"]
+__all__ = ["Job", "Key", "Row", "compile_rows", "differences", "rows_of", "text_of", "write_or_compare"]
 
 #: Problem, architecture, config label.
 Key = tuple[str, int, str]
@@ -114,3 +114,23 @@ def differences(made: Mapping[Key, Row], listed: Mapping[Key, Row]) -> Iterable[
     for key in sorted(made.keys() | listed.keys()):
         if made.get(key) != listed.get(key):
             yield f"{key}: compiled {made.get(key)}, in the table {listed.get(key)}"
+
+
+def write_or_compare(
+    write: bool, table: Path, head: Mapping[str, Any], made: Mapping[Key, Row], listed: Callable[[], Mapping[Key, Row]]
+) -> None:
+    """Rewrite ``table``, or say what it has otherwise than what was ``made``.
+
+    Args:
+        listed: the rows it has; not asked where it is rewritten, when there may be none.
+
+    Raises typer.Exit: with status 1, if a row differs.
+    """
+    if write:
+        table.write_text(text_of(head, made))
+        return
+    wrong = list(differences(made, listed()))
+    for line in wrong:
+        typer.echo(line, err=True)
+    if wrong:
+        raise typer.Exit(1)

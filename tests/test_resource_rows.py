@@ -6,8 +6,9 @@ import os
 import tempfile
 
 import pytest
+import typer
 
-from isokern.backends.resource_rows import Job, compile_rows, differences, rows_of, text_of
+from isokern.backends.resource_rows import Job, compile_rows, differences, rows_of, text_of, write_or_compare
 
 FIRST, SECOND, THIRD = ("decode", 90, "a=1"), ("decode", 80, "a=1"), ("prompts", 90, "b=2")
 ROWS = {FIRST: (95, 0, 32), SECOND: (128, 8, 0), THIRD: (7, 0, 0)}
@@ -80,3 +81,21 @@ def test_differences_name_changed_new_and_missing_rows():
     assert [line.split(":")[0] for line in differences(ROWS, other)] == [
         str(key) for key in sorted([FIRST, THIRD, ("tree", 90, "c=3")])
     ]
+
+
+def test_a_table_is_rewritten_or_what_it_says_otherwise_is_said(tmp_path, capsys):
+    table, made = tmp_path / "table.json", {("decode", 90, "a"): (1, 2), ("decode", 90, "b"): (3, 4)}
+
+    def listed():
+        return rows_of(json.loads(table.read_text()))
+
+    write_or_compare(True, table, {"compiler": "1"}, made, listed)  # there is none yet to look at
+    assert json.loads(table.read_text())["compiler"] == "1"
+    write_or_compare(False, table, {}, made, listed)
+    assert capsys.readouterr().err == ""
+    before = table.read_text()
+    with pytest.raises(typer.Exit) as ended:
+        write_or_compare(False, table, {}, {**made, ("decode", 90, "b"): (3, 5)}, listed)
+    assert ended.value.exit_code == 1
+    assert "(3, 5)" in capsys.readouterr().err
+    assert table.read_text() == before

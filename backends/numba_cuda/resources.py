@@ -117,16 +117,11 @@ def main(
     """Compile every config of every problem for every architecture."""
     sources = fingerprint()  # of those that are about to be compiled
     made = compile_rows(processes)
-    if write:
-        columns = [field.name for field in fields(Resources)]
-        head = {"fingerprint": sources, "columns": columns, "compilers": _compilers()}
-        TABLE.write_text(resource_rows.text_of(head, made))
-        return
-    wrong = list(resource_rows.differences(made, {key: astuple(row) for key, row in load_table().items()}))
-    for line in wrong:
-        typer.echo(line, err=True)
-    if wrong:
-        raise typer.Exit(1)
+    columns = [field.name for field in fields(Resources)]
+    head = {"fingerprint": sources, "columns": columns, "compilers": _compilers()}
+    resource_rows.write_or_compare(
+        write, TABLE, head, made, lambda: {key: astuple(row) for key, row in load_table().items()}
+    )
 
 
 if __name__ == "__main__":

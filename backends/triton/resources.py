@@ -30,6 +30,8 @@ __all__ = [
     "PROBLEMS",
     "TABLE",
     "Resources",
+    "cache_in",
+    "comparable",
     "compile_config",
     "compile_rows",
     "fingerprint",
@@ -82,7 +84,7 @@ def compile_rows(processes: int) -> dict[Key, Row]:
     """Compile all of :func:`rows`, in this many processes. Raises what :func:`compile_config` raises."""
     jobs = [Job(((name, arch, config.label),), (spec, config, arch)) for name, spec, arch, config in rows()]
     # Triton's own cache starts empty with the sources that this run is for.
-    return resource_rows.compile_rows(jobs, _row, f"isokern-triton-resources-{_key()}", processes, _cache_in)
+    return resource_rows.compile_rows(jobs, _row, f"isokern-triton-resources-{_key()}", processes, cache_in)
 
 
 def _row(spec: CaseSpec, config: Config, arch: int) -> tuple[Row]:
@@ -95,8 +97,14 @@ def _key() -> str:
     return fingerprint_files((here, here.with_name("usage.py")), {"kernel": fingerprint(), "triton": version("triton")})
 
 
-def _cache_in(folder: str) -> None:
+def cache_in(folder: str) -> None:
+    """Let this process's Triton keep what it compiles in ``folder``."""
     os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def comparable(known: str, rows: Mapping[Key, Row], made: Mapping[Key, Row]) -> Mapping[Key, Row]:
+    """The ``rows`` of a table that Triton ``known`` made; another Triton has to compile all, to whatever figures."""
+    return rows if known == version("triton") else {key: made.get(key, ()) for key in rows}
 
 
 def main(
@@ -106,19 +114,13 @@ def main(
     """Compile every config of every problem for every architecture."""
     sources = fingerprint()  # of those that are about to be compiled
     made = compile_rows(processes)
-    if write:
-        columns = ["registers", "spilled", "shared"]
-        head = {"fingerprint": sources, "columns": columns, "triton": version("triton")}
-        TABLE.write_text(resource_rows.text_of(head, made))
-        return
-    known, listed = load_table()
-    same_compiler = known == version("triton")
-    table = {key: tuple(row.to_list()) if same_compiler else made.get(key, ()) for key, row in listed.items()}
-    wrong = list(resource_rows.differences(made, table))
-    for line in wrong:
-        typer.echo(line, err=True)
-    if wrong:
-        raise typer.Exit(1)
+    head = {"fingerprint": sources, "columns": ["registers", "spilled", "shared"], "triton": version("triton")}
+
+    def listed() -> Mapping[Key, Row]:
+        known, rows = load_table()
+        return comparable(known, {key: tuple(row.to_list()) for key, row in rows.items()}, made)
+
+    resource_rows.write_or_compare(write, TABLE, head, made, listed)
 
 
 if __name__ == "__main__":

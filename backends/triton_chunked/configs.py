@@ -20,21 +20,18 @@ __all__ = ["configs"]
 
 #: Multiprocessors of the chips aimed at, near enough.
 _SMS = 132
-#: (columns of V, warps of the scan, warps of ``prepare``). 64 columns compile for half a minute, and were at best 3 %
-#: ahead on an H100.
-_TRIED = ((32, 4, 8), (16, 4, 8))
+#: Columns of V. 64 compile for half a minute, and were at best 3 % ahead on an H100.
+_COLUMNS = (32, 16)
+_FEWEST = 16
 
 
 def configs(problem: Problem) -> Sequence[Config]:
     """The first is the heuristic default: the most columns that still give every multiprocessor a program, or 16."""
     pairs = max(1, problem.profile.n) * problem.hv
-    widest = max(16, 1 << (problem.v - 1).bit_length())
-    found = dict.fromkeys((min(columns, widest), warps, first) for columns, warps, first in _TRIED)
+    widest = max(_FEWEST, 1 << (problem.v - 1).bit_length())
+    tiles = dict.fromkeys(min(columns, widest) for columns in _COLUMNS)
 
-    def idle(key: tuple[int, int, int]) -> int:
-        return max(0, _SMS - pairs * -(-problem.v // key[0]))
+    def idle(tile: int) -> int:
+        return max(0, _SMS - pairs * -(-problem.v // tile))
 
-    return tuple(
-        Config.of(chunk=CHUNK, v_tile=tile, warps=warps, stages=1, prepare=first)
-        for tile, warps, first in sorted(found, key=idle)
-    )
+    return tuple(Config.of(chunk=CHUNK, v_tile=tile, warps=4, stages=1, prepare=8) for tile in sorted(tiles, key=idle))

@@ -9,7 +9,6 @@ As the recurrent kernel's (``backends/triton/resources.py``); a row has both ker
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from ...registry.ops.fused_sigmoid_gating.case import CaseSpec
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .. import resource_rows
 from ..resource_rows import Job, Key, Row
+from ..triton.resources import cache_in, comparable
 from ..triton.usage import problem_of, report
 from .backend import TritonChunked
 from .configs import configs
@@ -107,11 +107,7 @@ def _job(name: str, arch: int, config: Config) -> tuple[Row]:
 def _compiled(processes: int) -> dict[Key, Row]:
     jobs = [Job(((name, arch, config.label),), (name, arch, config)) for name, arch, config in rows()]
     key = fingerprint_files((Path(__file__),), {"kernels": fingerprint(), "triton": version("triton")})
-    return resource_rows.compile_rows(jobs, _job, f"isokern-triton-chunked-resources-{key}", processes, _cache_in)
-
-
-def _cache_in(folder: str) -> None:
-    os.environ["TRITON_CACHE_DIR"] = folder
+    return resource_rows.compile_rows(jobs, _job, f"isokern-triton-chunked-resources-{key}", processes, cache_in)
 
 
 def main(
@@ -121,17 +117,8 @@ def main(
     """Compile every config of every problem for every architecture."""
     sources = fingerprint()  # of those that are about to be compiled
     made = _compiled(processes)
-    if write:
-        head = {"fingerprint": sources, "columns": list(COLUMNS), "triton": version("triton")}
-        TABLE.write_text(resource_rows.text_of(head, made))
-        return
-    known, listed = load_table()
-    table = listed if known == version("triton") else {key: made.get(key, ()) for key in listed}
-    wrong = list(resource_rows.differences(made, table))
-    for line in wrong:
-        typer.echo(line, err=True)
-    if wrong:
-        raise typer.Exit(1)
+    head = {"fingerprint": sources, "columns": list(COLUMNS), "triton": version("triton")}
+    resource_rows.write_or_compare(write, TABLE, head, made, lambda: comparable(*load_table(), made))
 
 
 if __name__ == "__main__":

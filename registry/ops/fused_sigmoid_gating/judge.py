@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import TypeVar
 
 import torch
 
@@ -179,6 +180,7 @@ _RARE = 20.0
 #: No sum of squares of roundings to bfloat16 is more times its mean than if two of them, that everything shares, were
 #: the largest there are: (2 ** -8 / the root mean square)**2 for either.
 _LARGEST = 2 / TYPICAL**2
+_Number = TypeVar("_Number", float, torch.Tensor)
 
 
 def _allowance(independent: int) -> float:
@@ -187,7 +189,12 @@ def _allowance(independent: int) -> float:
     Laurent and Massart's bound for chi-squared: 1 + 2 sqrt(x / n) + 2 x / n with x = 20; and at most ``_LARGEST``.
     """
     n = max(1, independent)
-    return min(1 + 2 * math.sqrt(_RARE / n) + 2 * _RARE / n, _LARGEST)
+    return min(_weighted(1 / math.sqrt(n), 1 / n), _LARGEST)
+
+
+def _weighted(root: _Number, most: _Number) -> _Number:
+    """Their bound where the squares have weights ``w`` that add up to 1: 1 + 2 sqrt(x) ``|w|`` + 2 x ``max w``."""
+    return 1 + 2 * math.sqrt(_RARE) * root + 2 * _RARE * most
 
 
 def _allowance_of_states(scatter: torch.Tensor, columns: int) -> torch.Tensor:
@@ -195,13 +202,12 @@ def _allowance_of_states(scatter: torch.Tensor, columns: int) -> torch.Tensor:
 
     What differs from column to column is as many independent errors as there are columns. What all columns share
     is as many as there are tokens, each with a weight of its own: where decay is strong the last few have nearly all.
-    For weights that add up to 1 the same bound is 1 + 2 sqrt(x) |w| + 2 x max w.
 
     Args:
         scatter: ``[3, heads]``, see ``OperandRounding.scatter``.
     """
     part, most, root = scatter.unbind()
-    shared = (1 + 2 * math.sqrt(_RARE) * root + 2 * _RARE * most).clamp(max=_LARGEST)
+    shared = _weighted(root, most).clamp(max=_LARGEST)
     return (1 - part) * _allowance(columns) + part * shared
 
 

@@ -6,12 +6,12 @@
 
 Tunes the workload first (into the store at --root, if there is one), and then
  again       runs the same warm-up in a fresh process, which finds everything;
- planted     on a GPU, races wrong and broken kernels against a right one: each must be rejected for what it is;
- held out    draws shapes that were not tuned, lets the registry choose, and times every candidate;
- transfer    does the same on other lengths within each tuned problem's buckets: what the buckets cost;
+ modes       compares the winners of eager and graph launch, problem by problem;
  left out    leaves each entry of the store out in turn, and compares what near ones say with what it holds;
+ held out    draws shapes that were not tuned, lets the registry choose, and times every candidate;
+ planted     on a GPU, races wrong and broken kernels against a right one: each must be rejected for what it is;
  agreement   tunes a few problems again in fresh processes from empty stores, and counts who chooses the same;
- modes       compares the winners of eager and graph launch, problem by problem.
+ transfer    does as held out on other lengths within each tuned problem's buckets: what the buckets cost.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def measure(what: str, tasks: Sequence[Task], plan: WarmupPlan, blocks: int, out
     rows = []
     with Worker(plan.device, plan.threads, plan.settings.limits) as worker:
         for number, task in enumerate(tasks):
+            began = time.monotonic()
             decision = plan.registry.dispatcher(OP).decide(task.problem)
             try:
                 found = measure_regret(
@@ -77,10 +78,10 @@ def measure(what: str, tasks: Sequence[Task], plan: WarmupPlan, blocks: int, out
                 out.print(f"{what} {task.recipe.case.name}: {error}", markup=False)
                 continue
             rows.append(row_of(what, task, found))
-            line = f"{what} {number + 1}/{len(tasks)} {task.recipe.mode} {task.recipe.case.name}"
-            out.print(
-                f"{line}: {found.choice} {100 * found.regret:+.1f} % of {found.best}", markup=False, highlight=False
-            )
+            seconds = rows[-1].extra["seconds"] = round(time.monotonic() - began, 2)
+            line = f"{what} {number + 1}/{len(tasks)} {task.recipe.mode} {task.recipe.case.name} ({found.rule})"
+            said = f"{line}: {found.choice} {100 * found.regret:+.1f} % of {found.best}, {seconds} s"
+            out.print(said, markup=False, highlight=False)
     return rows
 
 
@@ -233,19 +234,21 @@ def run(
             modes=mode_summary(item.entry for item in store.entries(plans[0].environment)),
             left_out=left_out_summary(rows),
         )
-        if not on_cpu:
-            rows += planted(device, tuple(policy.value for policy in traps or ()) or modes, out)
-            so_far(planted=planted_summary(rows))
         limit = most_tokens or (512 if on_cpu else 8192)
         for i, plan in enumerate(plans):
             cases = held_out_cases(held_out, limit)[i :: len(plans)]
             fresh = [task_of(case, plan, modes[n % len(modes)]) for n, case in enumerate(cases)]
             rows += measure("held_out", fresh, plan, blocks, out)
-            rows += measure("transfer", transfer_tasks(plan, per_bucket), plan, blocks, out)
-            so_far(held_out=regret_summary(rows, "held_out"), transfer=regret_summary(rows, "transfer"))
+            so_far(held_out=regret_summary(rows, "held_out"))
+        if not on_cpu:
+            rows += planted(device, tuple(policy.value for policy in traps or ()) or modes, out)
+            so_far(planted=planted_summary(rows))
         agreed, votes = agreement(model, tps[0], device, AGREE_ON[: 1 if quick else 2], processes, out)
         rows += votes
-        information = so_far(agreement=agreed)
+        so_far(agreement=agreed)
+        for plan in plans:
+            rows += measure("transfer", transfer_tasks(plan, per_bucket), plan, blocks, out)
+        information = so_far(transfer=regret_summary(rows, "transfer"))
         show(summary, out)
         if keep:
             out.print(str(save("choice", gpu_name(information), information, rows)))

@@ -37,7 +37,14 @@ _CORE = (
     "prefill 1x1024",
     "prefill 4x256",
     "mixed 15x1+1x256",
-    "mixed 47x1+1x1024",  # with the one above: what lies between and beyond is chosen by these two
+    "mixed 47x1+1x1024",
+    # What lies between and beyond is chosen by what is tuned near it: with these no batch of traffic is far from all.
+    "decode N=16",
+    "decode N=256",
+    "mixed 3x1+1x512",
+    "mixed 30x1+1x30",
+    "mixed 9x1+1x2048",
+    "prefill 1x4096",
 )
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _VERIFY_ROWS = (1, 4, 16, 64)

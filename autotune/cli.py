@@ -51,7 +51,9 @@ def warmup(
     tp: Annotated[int, typer.Option("--tp", help="tensor-parallel size")] = 1,
     workloads: Annotated[Path | None, typer.Option(help="YAML file of cases, in place of the model's own")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto (cuda where there is one)")] = "auto",
-    tier: Annotated[Tier, typer.Option(help="how much of the workload")] = Tier.CORE,
+    tier: Annotated[
+        Tier | None, typer.Option(help="how much of the workload; default: core on a CPU, wide on a GPU")
+    ] = None,
     policy: Annotated[
         list[Policy] | None, typer.Option(help="launch mode to tune for; repeatable; all that the device has")
     ] = None,
@@ -99,7 +101,7 @@ def warmup(
         registry.use_store(Store.default(root))
     with ranks_of(venue) as exchange:
         out = console() if exchange is None or exchange.rank == 0 else Console(quiet=True)
-        how_much = tier if cases is None else Tier.FULL
+        how_much = tier if cases is None else None
         plan = plan_warmup(model, tp, cases, device, tier=how_much, policies=policy, accuracy=under)
         plan = replace(plan, problems=most_valuable_first(plan.problems))
         tuners = exchange.size if exchange is not None else max(1, len(venue.slots))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from .contest import Standing
 from .resume import Verdict
 from .select import Selection
 
-__all__ = ["Findings", "make_entry"]
+__all__ = ["Findings", "make_entry", "typical_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,10 @@ def _record(findings: Findings, candidate: Candidate) -> CandidateRecord:
     if carried is not None:
         return carried
     verdict = findings.verdicts[candidate.name]
+    winner = findings.selection.winner
     seconds = _samples(findings.standing, candidate.name)
-    rejected = None if candidate.name == findings.selection.winner else _rejection(findings, candidate.name)
-    typical = median(seconds) if seconds else verdict.first_s
+    rejected = None if candidate.name == winner else _rejection(findings, candidate.name)
+    typical = typical_seconds(findings.standing, candidate.name, winner) if seconds else verdict.first_s
     return CandidateRecord(
         backend=candidate.backend,
         config=dict(candidate.config.to_dict()),
@@ -118,6 +120,27 @@ def _samples(standing: Standing, name: str) -> tuple[float, ...]:
     if raced or standing.screened is None:
         return raced
     return standing.screened.samples.get(name, ())
+
+
+def typical_seconds(standing: Standing, name: str, winner: str) -> float:
+    """Median seconds of ``name``, which has samples; of any but the winner, the winner's times what it took beside it.
+
+    A host's speed changes by half within seconds, so medians of different blocks do not compare; ratios within
+    blocks do.
+    """
+    mine = _samples(standing, name)
+    beside = _beside(standing, name, winner)
+    if not beside:
+        return median(mine)
+    return median(_samples(standing, winner)) * math.exp(median(math.log(a / b) for a, b in beside))
+
+
+def _beside(standing: Standing, name: str, winner: str) -> list[tuple[float, float]]:
+    """The times of both in every block that has both: of the race, or pass by pass of the screen where one did not."""
+    if standing.raced is not None and (logs := standing.raced.table.differences(name, winner)).size:
+        return [(math.exp(log), 1.0) for log in logs]
+    screened = {} if standing.screened is None else standing.screened.samples
+    return list(zip(screened.get(name, ()), screened.get(winner, ()), strict=False))
 
 
 def _us(seconds: float) -> float:

@@ -20,7 +20,9 @@ def report(
         str | None, typer.Option("--model", "-m", help="also show how much of its workload is tuned")
     ] = None,
     tp: Annotated[int, typer.Option("--tp", help="tensor-parallel size of that model")] = 1,
-    tier: Annotated[Tier, typer.Option(help="how much of that workload")] = Tier.CORE,
+    tier: Annotated[
+        Tier | None, typer.Option(help="how much of that workload; default: core on a CPU, wide on a GPU")
+    ] = None,
     workloads: Annotated[Path | None, typer.Option(help="YAML file of cases, in place of the model's own")] = None,
     device: Annotated[str, typer.Option(help="of that workload: cpu, cuda or auto")] = "auto",
     accuracy: Annotated[
@@ -46,7 +48,7 @@ def report(
 
         under = registry.default.dispatcher(OP).policy() if accuracy is None else require("--accuracy", accuracy)
         cases = None if workloads is None else load_workloads(workloads)
-        how_much = tier if cases is None else Tier.FULL
+        how_much = tier if cases is None else None
         plan = plan_warmup(model, tp, cases, device, tier=how_much, accuracy=under, store=store)
     measured = None if quality is None else load_quality(quality)
     try:

@@ -184,7 +184,7 @@ def plan_warmup(
     cases: Sequence[Case] | None = None,
     device: str = "cpu",
     *,
-    tier: Tier = Tier.CORE,
+    tier: Tier | None = None,
     policies: Sequence[Policy] | None = None,
     accuracy: Accuracy = DEFAULT,
     store: Store | None = None,
@@ -195,7 +195,8 @@ def plan_warmup(
     """List the problems, and what is already known of each. Runs no candidate and writes nothing.
 
     Args:
-        cases: the workload; None takes the model's serving cases of ``tier``. device: ``cpu``, ``cuda`` or ``auto``
+        cases: the workload; None takes the model's serving cases. tier: how much of it; None: all of ``cases``, of the
+            model's own ``core`` on a CPU and ``wide`` on a GPU. device: ``cpu``, ``cuda`` or ``auto``
             (a GPU if there is one). policies: launch modes of the cases that name none; None: all that the device
             has, since they rank candidates differently. accuracy: the policy of the cases that name none; under
             ``rounded`` backends of every class are candidates. store: None takes the registry's.
@@ -213,7 +214,10 @@ def plan_warmup(
     shard = found.shard(tp)
     environment = registry.environment(device)
     settings = settings or default_settings(device)
-    chosen = serving_cases(found, tier) if cases is None else of_tier(cases, tier)
+    if cases is None:
+        chosen = serving_cases(found, tier or (Tier.CORE if environment.device == "cpu" else Tier.WIDE))
+    else:
+        chosen = of_tier(cases, tier or Tier.FULL)
     modes = tuple(policies or ((Policy.EAGER,) if environment.device == "cpu" else tuple(Policy)))
     tasks: dict[frozenset[tuple[str, Any]], list[Task]] = {}
     for case in chosen:

@@ -37,6 +37,7 @@ Model = Annotated[str, typer.Option()]
 Tp = Annotated[int, typer.Option()]
 Device = Annotated[str, typer.Option()]
 Root = Annotated[Path, typer.Option()]
+HowMuch = Annotated[Tier | None, typer.Option()]
 
 
 @app.command()
@@ -44,14 +45,14 @@ def once(cases: list[str], model: Model, tp: Tp, device: Device, root: Root) -> 
     """One tuning run from what is at ``root``; prints the winners as JSON."""
     store = Store([Layer("explicit", root, writable=True)])
     registry.use_store(store)
-    plan = plan_warmup(model, tp, [parse_case(case) for case in cases], device, tier=Tier.FULL, store=store)
+    plan = plan_warmup(model, tp, [parse_case(case) for case in cases], device, store=store)
     report = run_warmup(plan, check=False, compilers=0)
     chosen = {f"{p.planned.task.recipe.mode} {p.planned.cases[0]}": p.entry.label for p in report.problems if p.entry}
     typer.echo(json.dumps(chosen))
 
 
 @app.command()
-def again(model: Model, tp: Tp, device: Device, root: Root, tier: Annotated[Tier, typer.Option()] = Tier.CORE) -> None:
+def again(model: Model, tp: Tp, device: Device, root: Root, tier: HowMuch = None) -> None:
     """A warm-up that finds everything in the store; prints how many problems there were and were known."""
     store = Store([Layer("explicit", root, writable=True)])
     registry.use_store(store)
@@ -68,10 +69,10 @@ def _ask(command: str, model: str, tp: int, device: str, root: str | Path, *rest
     return said
 
 
-def look_up(model: str, tp: int, device: str, root: Path, tier: Tier) -> dict[str, Any]:
+def look_up(model: str, tp: int, device: str, root: Path, tier: Tier | None) -> dict[str, Any]:
     """A whole warm-up from a full store: ``seconds`` from starting the process to its end, ``problems``, ``known``."""
     began = time.monotonic()
-    said = _ask("again", model, tp, device, root, "--tier", tier.value)
+    said = _ask("again", model, tp, device, root, *(("--tier", tier.value) if tier else ()))
     return {"tp": tp, "seconds": round(time.monotonic() - began, 2), **said}
 
 

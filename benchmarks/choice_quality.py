@@ -152,7 +152,7 @@ def estimate_summary(reports: Sequence[WarmupReport]) -> dict[str, Any] | None:
 
 
 def tuned(
-    model: str, tps: Sequence[int], device: str, tier: Tier, store: Store, out: Console
+    model: str, tps: Sequence[int], device: str, tier: Tier | None, store: Store, out: Console
 ) -> tuple[list[WarmupReport], float]:
     """Warm up for every number of ranks; the reports, and seconds of it all."""
     began = time.monotonic()
@@ -186,7 +186,7 @@ def run(
     model: Annotated[str, typer.Option()] = "qwen3-next-80b-a3b",
     tp: Annotated[list[int] | None, typer.Option(help="numbers of ranks; repeatable (1)")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
-    tier: Annotated[Tier, typer.Option(help="how much of the workload is tuned")] = Tier.CORE,
+    tier: Annotated[Tier | None, typer.Option(help="how much is tuned; core on a CPU, wide on a GPU")] = None,
     root: Annotated[Path | None, typer.Option(help="store to tune into, kept; a temporary one if not given")] = None,
     held_out: Annotated[int, typer.Option(help="shapes that were not tuned")] = 40,
     per_bucket: Annotated[int, typer.Option(help="other shapes per tuned problem")] = 2,

@@ -53,7 +53,7 @@ class Forecast:
     Attributes:
         record: the candidate, as the nearest entry that knows it has it.
         loss: expected, as the logarithm of its time over the best's.
-        default_loss: of the heuristic choice; None if too little is known about it.
+        default_loss: of the heuristic choice; None if there is none.
         by: the entries that it was judged by, closest first.
     """
 
@@ -89,7 +89,9 @@ def forecast(
     """The candidate to run where nothing is tuned but ``near`` is; None if that says nothing.
 
     A candidate must have been proven (raced, so through the gate) at one of the near sizes and broken at none. The
-    default, then the entries' winners, closest first, stay ahead of candidates that promise hardly more.
+    default, then the entries' winners, closest first, stay ahead of candidates that promise hardly more. Where the
+    default came into the race of none of them they are of another regime (it may have been too slow there, or only this
+    size is long enough to be cut), and have nothing to hold against it: None.
 
     Args:
         near: closest first. offered: whether a candidate is offered for this size. default: ``backend[config]`` of
@@ -107,6 +109,8 @@ def forecast(
         if support >= _SUPPORT * sum(weights) and offered(record):
             expected[label] = sum(w * loss for w, loss in known) / support
     if not expected:
+        return None
+    if default is not None and default not in expected:
         return None
     enough = min(expected.values()) + _DOUBT * judged[0][0].away
     preferred = (default, *(entry.located.entry.label for entry, _ in judged))

@@ -86,6 +86,12 @@ class TestChoice:
         assert chosen(*entries, offered="ac") == "a"
         assert chosen(*entries, offered="c") is None
 
+    def test_where_the_default_was_in_no_race_another_regime_begins(self):
+        """Of 256 tokens a composite was put aside after its first calls; of 8192 it is the heuristic choice."""
+        slow = CandidateRecord("b", {}, "rejected", "slow", "?", median_us=9.0, fingerprint="f")
+        assert chosen(near(1.0, "a", raced("a", 1.0), slow), default="b[default]") is None
+        assert chosen(near(1.0, "a", raced("a", 1.0)), default="b[default]") is None
+
 
 class TestWhoMay:
     def test_what_is_not_offered_here_does_not_run(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from isokern import registry
 from isokern.backends.torch_native.reference import run_reference
 from isokern.registry.ops.fused_sigmoid_gating import judge as judging
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
@@ -57,3 +58,50 @@ def test_an_error_in_one_sequence_of_many_is_measured_against_that_one():
     off = judging.judge(call, call.out, ref)
     assert off.rel_o == pytest.approx(0.02, rel=0.2)
     assert "relative error" in " ".join(off.faults)
+
+
+def orthogonal(norm):
+    """Decode steps with nothing left of the states, and in one head a query all but orthogonal to its key."""
+    case = CaseSpec(
+        "decode", (1,) * 64, h=2, hv=4, k=64, v=32, distribution="strong_decay", io_dtype="float32", l2norm=norm
+    )
+    call = canonical_call(**make_inputs(case).kwargs)
+    call.a.fill_(60.0)
+    call.A_log.fill_(2.0)
+    q, k = call.q[0, 7, 1].double(), call.k[0, 7, 1].double()
+    call.q[0, 7, 1] = (q - (q @ k) / (k @ k) * k).to(call.q.dtype)
+    return call
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("backend", ["torch_vectorized", "torch_chunked", "numba_cpu"])
+def test_an_output_that_cancels_is_as_far_off_as_a_float32_sum_must_be(backend, norm):
+    call = orthogonal(norm)
+    ref = reference(call)
+    call.out = torch.full(call.v.shape, float("nan"))
+    implementation = registry.backends("fused_sigmoid_gating")[backend]
+    problem = call.problem("eager")
+    implementation.bind(problem, implementation.configs(problem)[0])(call)
+    found = judging.judge(call, call.out, ref)
+    assert found.rel_o > 10 * judging.LIMITS["float32"].rel_l2
+    assert found.ok, found.faults
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_a_sixteenth_of_the_bound_is_the_limit_for_an_output_that_cancels(times):
+    call = orthogonal(True)
+    ref = reference(call)
+    error = times * ref.o_bound[7, 2:].norm(dim=-1, keepdim=True) / 16
+    assert (error[:, 0] > 1e-4 * ref.o[7, 2:].norm(dim=-1)).all()  # it does cancel
+    value = ref.o.clone()
+    value[7, 2:] += error * ref.o[7, 2:] / ref.o[7, 2:].norm(dim=-1, keepdim=True)
+    call.out = value.float()[None]
+    told = " ".join(judging.judge(call, call.out, ref).faults)
+    assert ("output has relative error" in told) == (times > 1)
+
+
+def test_two_tokens_do_not_cancel_at_once():
+    case = CaseSpec("two tokens", (2,) * 8, h=2, hv=4, k=64, v=32, io_dtype="float32")
+    call, ref = run(case)
+    call.out = ref.o.float()[None] * (1 + 2e-5)
+    assert "output has relative error" in " ".join(judging.judge(call, call.out, ref).faults)

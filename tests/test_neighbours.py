@@ -101,12 +101,16 @@ class TestDecision:
 
     def test_the_nearest_batch_decides(self, registry):
         tune(registry, problem(*(1,) * 64), 1)
-        tune(registry, problem(*(1,) * 8), 2)
+        tune(registry, problem(*(1,) * 8), 2, first=2.0)
         found = decide(registry, DECODE_16)
         assert (found.rule, found.backend, found.config) == (Rule.NEIGHBOUR, "tiled", {"tile": 2})
         assert "n 8 for 16" in found.detail
         assert "n 64 for 16" not in found.detail, "it does not know that tile"
         assert any("not tuned" in note for note in found.notes)
+
+    def test_who_knows_nothing_of_the_heuristic_choice_has_nothing_to_hold_against_it(self, registry):
+        tune(registry, problem(*(1,) * 8), 2)
+        assert decide(registry, DECODE_16).rule is Rule.HEURISTIC
 
     def test_between_two_sizes_runs_what_loses_least_at_both(self, registry):
         tune(registry, problem(*(1,) * 64), 2, first=1.05)
@@ -144,11 +148,11 @@ class TestDecision:
         assert decide(registry, DECODE_16).rule is Rule.HEURISTIC
 
     def test_a_config_that_is_not_offered_for_this_size_does_not_serve_it(self, registry):
-        tune(registry, problem(*(4,) * 16), 4)
+        tune(registry, problem(*(4,) * 16), 4, first=2.0)
         assert decide(registry, problem(*(8,) * 16)).config == {"tile": 4}
         registry.unregister_backend(OP, "tiled")
         registry.register_backend(Narrow())
-        assert decide(registry, problem(*(8,) * 16)).rule is Rule.HEURISTIC
+        assert decide(registry, problem(*(8,) * 16)).backend == "first"
 
     def test_a_backend_that_changed_since_does_not_serve(self, registry):
         tune(registry, problem(*(1,) * 8), 2, fingerprint="another")

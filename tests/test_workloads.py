@@ -131,9 +131,19 @@ def test_verification_may_hold_fewer_tokens_than_were_drafted():
 # --- default workloads
 
 
+def test_wide_has_every_bucket_of_decode_and_batches_of_rows_beside_a_prompt_of_any_length():
+    wide = default_cases(Tier.WIDE)
+    assert len(wide) <= 25
+    decoded = {case.lengths.n for case in wide if case.phase is Phase.DECODE}
+    assert decoded == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+    prompts = {case.lengths.longest for case in wide if case.phase is Phase.MIXED}
+    assert {16, 30, 256, 512, 1024, 2048} == prompts
+    assert sum(case.lengths.tokens for case in wide) < 8192
+
+
 def test_core_spans_every_phase_in_few_cases():
     core = default_cases(Tier.CORE)
-    assert 13 <= len(core) <= 20
+    assert 10 <= len(core) <= 14
     assert {case.phase for case in core} == set(Phase)
     assert {case.verify for case in core} == set(Verify)
     assert sum(case.lengths.tokens for case in core) < 4096
@@ -160,7 +170,7 @@ def test_smoke_is_tiny_and_spans_every_phase():
 
 def test_tiers_nest():
     tiers = [default_cases(tier) for tier in Tier]
-    assert len(tiers[0]) < len(tiers[1]) < len(tiers[2])
+    assert len(tiers[0]) < len(tiers[1]) < len(tiers[2]) < len(tiers[3])
     assert all(set(small) <= set(large) for small, large in pairwise(tiers))
     assert of_tier(FULL, Tier.CORE) == default_cases(Tier.CORE)
 

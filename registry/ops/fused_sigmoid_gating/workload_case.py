@@ -67,6 +67,7 @@ class Tier(StrEnum):
 
     SMOKE = "smoke"  # a few tiny cases: seconds
     CORE = "core"  # spans every phase: minutes on two CPU cores
+    WIDE = "wide"  # with these no batch of traffic is far from all that is tuned: minutes on a GPU
     FULL = "full"  # up to 256 decode rows and 8192 tokens
 
 

@@ -2,7 +2,8 @@
 
 Modelled on what continuous batching makes of production traces: mostly pure decode, then one prompt of one to
 eight thousand tokens beside 16 to 130 decode rows, and verification where drafting is on. ``core`` is what a
-warm-up without a GPU runs: every phase, in minutes.
+warm-up without a GPU runs unless told otherwise: every phase, in minutes. With a GPU it is ``wide``: what lies between
+and beyond the tuned sizes is chosen by what is tuned near it, and every bucket of decode costs a second.
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ _CORE = (
     "prefill 4x256",
     "mixed 15x1+1x256",
     "mixed 47x1+1x1024",
-    # What lies between and beyond is chosen by what is tuned near it: with these no batch of traffic is far from all.
+)
+_WIDE = (
+    "decode N=2",
+    "decode N=4",
     "decode N=16",
+    "decode N=32",
+    "decode N=128",
     "decode N=256",
     "mixed 3x1+1x512",
     "mixed 30x1+1x30",
     "mixed 9x1+1x2048",
-    "prefill 1x4096",
+    "prefill 1x128",
 )
+_TIERS = {Tier.SMOKE: _SMOKE, Tier.CORE: _CORE, Tier.WIDE: _WIDE}
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _VERIFY_ROWS = (1, 4, 16, 64)
 _DRAFT_TOKENS = (2, 4, 8, 16)
@@ -79,18 +86,17 @@ _OTHER_DTYPE_ROWS = (1, 16, 64, 256)
 
 def default_cases(tier: Tier = Tier.FULL) -> tuple[Case, ...]:
     """The cases every model is served with, in its own state dtype, cheapest tiers first."""
-    tiers = {**dict.fromkeys(_CORE, Tier.CORE), **dict.fromkeys(_SMOKE, Tier.SMOKE)}
+    tiers = {case: tier for tier, cases in _TIERS.items() for case in cases}
     packed = (LengthLayout.prompts(trace, 7, 8192, seed=1) for trace in (CONVERSATION_TRACE, CODE_TRACE))
     names = (
-        *_SMOKE,
-        *_CORE,
+        *(case for cases in _TIERS.values() for case in cases),
         *(f"decode N={n}" for n in _DECODE_ROWS),
         *(f"verify {n}x{draft}" for n in _VERIFY_ROWS for draft in _DRAFT_TOKENS),
         *_PROMPTS,
         *(case_name(Phase.PREFILL, lengths) for lengths in packed),
         *_MIXED,
     )
-    # dict.fromkeys: the smoke and core cases come first and are not listed again by the grids.
+    # dict.fromkeys: the cases of the lower tiers come first and are not listed again by the grids.
     return of_tier((parse_case(name, tiers.get(name, Tier.FULL)) for name in dict.fromkeys(names)), tier)
 
 

@@ -254,6 +254,19 @@ def test_on_a_gpu_it_comes_first_where_each_part_has_its_own_first_choice():
         assert own > best
 
 
+def test_in_a_cuda_graph_it_comes_first_too_where_both_parts_are_walked_over_side_by_side():
+    few = MIXED.but(lengths=(1,) * 30 + (30,))
+    own, best = rank_on("cuda", few, 80, "graph")
+    assert own > best
+    both = on_gpu(80)
+    both.parts()["chunks"].rank = lambda problem: 0
+    default = both.configs(describe(few, "cuda", 90, "graph"))[0]
+    assert (default["long"], default["streams"]) == ("walks", 2)
+    for spec, mode in ((few, "eager"), (few.but(h=1, hv=2), "graph"), (few.but(lengths=(1,) * 30 + (60,)), "graph")):
+        own, best = rank_on("cuda", spec, 80, mode)
+        assert own < best
+
+
 @pytest.mark.parametrize(
     ("device", "spec", "chunked_rank"),
     [
@@ -780,7 +793,7 @@ ROWS = MIXED.but(lengths=(1,) * 130 + (2048,))
         (MIXED.but(h=4, hv=8), "rounded", "composite_bf16"),
         (MIXED.but(lengths=(1,) * 31 + (2048,)), "rounded", "cupy_chunked_bf16"),  # 65, 128 in buckets: mostly prompts
         (MIXED.but(lengths=(1,) * 31 + (2048,), h=4, hv=8), "rounded", "cupy_cut_bf16"),
-        (MIXED.but(lengths=(6000, *[64] * 31)), "float32", "composite"),
+        (MIXED.but(lengths=(6000, *[64] * 31)), "float32", "cupy_cut"),
         (MIXED.but(lengths=(6000, *[64] * 31)), "rounded", "cupy_chunked_bf16"),
         (MIXED.but(lengths=(256,) * 16 + (1,) * 48), "rounded", "cupy_chunked_bf16"),  # mild
         (MIXED.but(lengths=(1,) * 64), "rounded", "cupy"),

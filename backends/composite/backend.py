@@ -24,9 +24,11 @@ _EQUAL = (LengthClass.DECODE, LengthClass.UNIFORM)
 #: Tokens per sequence beyond which most of a batch is prompts. A profile has the ends of buckets: one prompt of 2048
 #: beside 63 decode rows is 4096 in 64.
 _PROMPTS = 64
-#: Tokens below which two calls from the host take longer than the one kernel that walks over everything: 15 rows beside
-#: 256 tokens took 95 us of an H100 whole and over 125 apart, in a CUDA graph 92 and 48.
-_TWO_CALLS = 1024
+#: Tokens times value heads below which two calls from the host take longer than one kernel for everything.
+_TWO_CALLS = 1 << 15
+#: Sequences times value heads from which, in a CUDA graph, rows beside a prompt that is walked over too gain by being
+#: on a stream of their own: with 30 rows and 30 tokens a sixth to a third, with 3 rows, 16 tokens and 8 heads nothing.
+_TWO_WALKS = 256
 
 
 def _everywhere(backend: Backend) -> bool:
@@ -88,13 +90,15 @@ class Composite(Backend):
         """Before every other backend where each part has its own first choice, the long one's a chunked backend.
 
         On a GPU only, for batches whose longest sequence decides the time: there a kernel that walks over the tokens
-        takes many times as long as a chunked one. Launched from the host, if they have enough tokens. On a CPU
-        ``numba_cpu`` is the first choice for both parts. What is mostly prompts is left whole to a backend that cuts,
-        where that comes first by itself, and to one that rounds, where that is allowed.
+        takes many times as long as a chunked one. Launched from the host, if they have enough tokens, and what is
+        mostly prompts is left whole to a backend that cuts, where that comes first by itself. In a CUDA graph also
+        where both parts are walked over, side by side. What is mostly prompts is left whole to a backend that rounds,
+        where that is allowed. On a CPU ``numba_cpu`` is the first choice for both parts.
         """
         if problem.device != "cuda" or problem.profile.length_class is not LengthClass.HEAVY:
             return self.priority
-        if problem.mode == "eager" and problem.profile.tokens < _TWO_CALLS:
+        by_graph = problem.mode == "graph"
+        if not by_graph and problem.profile.tokens * problem.hv < _TWO_CALLS:
             return self.priority
         prompts = problem.profile.tokens > _PROMPTS * problem.profile.n
         if problem.accuracy == "rounded" and prompts:
@@ -102,10 +106,13 @@ class Composite(Backend):
         if not self.check(problem):
             return self.priority
         sides = self._sides(problem)
-        short, long = sides.for_short[0], sides.for_long[0]
-        if short is long or not works_in_chunks(long):
+        if not works_in_chunks(sides.pair[1]):
+            if not (sides.side_by_side and problem.profile.n * problem.hv >= _TWO_WALKS):
+                return self.priority
+        elif not works_in_chunks(sides.for_long[0]):
             return self.priority
-        return self._before + max(b.rank(problem) for b in self.parts().values() if not (prompts and b.cuts))
+        whole = (b for b in self.parts().values() if by_graph or not (prompts and b.cuts))
+        return self._before + max(b.rank(problem) for b in whole)
 
     def check(self, problem: Problem) -> Verdict:
         if problem.grad:

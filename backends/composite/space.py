@@ -16,6 +16,8 @@ from .profiles import long_part, short_part, thresholds
 __all__ = ["MOST_CONFIGS", "Sides", "configs", "sides_of"]
 
 MOST_CONFIGS = 10
+#: Tokens of prompts that a stream of their own is worth to, and that take a chunked kernel longer than walking.
+_WALKED = 16, 32
 #: Further configs of the chunked backend, and backends of each kind, that are tried.
 _FEW = 2
 
@@ -55,9 +57,17 @@ class Sides:
     def pair(self) -> tuple[Backend, Backend]:
         """The default: the first of each part, but for the long one a chunked backend wherever there is one.
 
-        Two kinds of kernel are what splitting is for; one kind alone has hardly a reason to be called twice.
+        Two kinds of kernel are what splitting is for; one kind alone has hardly a reason to be called twice, but for
+        :attr:`side_by_side`.
         """
-        return self.for_short[0], (self.chunked or self.for_long)[0]
+        return self.for_short[0], (self.for_long if self.side_by_side else self.chunked or self.for_long)[0]
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether both parts are best walked over, at the same time: a prompt of a few tokens, in a CUDA graph."""
+        longest = self.long.profile.longest or 0
+        few = self.long.mode == "graph" and _WALKED[0] <= longest <= _WALKED[1]
+        return few and not self.rounded and self.for_long[0] in self.walking
 
 
 def sides_of(backends: Mapping[str, Backend], problem: Problem, rounded: bool) -> Sides:

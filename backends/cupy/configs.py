@@ -181,7 +181,7 @@ def _default(problem: Problem) -> _Choice:
             return _staged(8, 4, 4, 1) if rows > _LATENCY_ROWS else _staged(8, 1, 4, 1)
         if kv:
             few = _landed(4, 2, 2) if rows > _LATENCY_ROWS else _landed(8, 2, 2, 10)
-            return _direct(4, 4, 4) if rows > 2 * _LATENCY_ROWS else few
+            return _direct(4, 4, 4, stream=False) if rows > 2 * _LATENCY_ROWS else few
         if rows <= (2 if narrow else 4) * _LATENCY_ROWS:
             return _landed(8, 2, 2, 10)
         return _landed(8, 4, 2, 8) if narrow else _direct(16, 4, 2)

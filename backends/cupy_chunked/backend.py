@@ -22,8 +22,10 @@ _LARGEST_HEAD = 256
 #: Tokens of the longest sequence from which the recurrent form is taken to be slower (0.2 us a token against 20 us for
 #: the first chunks, on an H100).
 _PAYS_FROM = 128
-#: Columns of V of a block; blocks that leave most of the chip idle; and tokens from which that lasts.
-_COLUMNS, _FEW_BLOCKS, _CUT_FROM = 64, 32, 2048
+#: Columns of V of a block, and tokens from which three passes instead of two may pay.
+_COLUMNS, _CUT_FROM = 64, 1024
+#: Tokens per block from which sequences are cut unasked: the fewer blocks, the more of the chip whole ones leave idle.
+_CUT_PER_BLOCK = 64
 #: Blocks that fill it.
 _MANY_BLOCKS = 132
 #: Tokens of the longest sequence up to which a chunk never pays.
@@ -123,33 +125,38 @@ class CupyCut(CupyChunked):
     tags: ClassVar[frozenset[str]] = frozenset({"repeatable", "capture_safe"})
     cuts: ClassVar[bool] = True
     priority: ClassVar[int] = 84
+    #: Most blocks, and fewest tokens, with which three passes are the first choice.
+    few_blocks: ClassVar[int] = 64
+    cut_from: ClassVar[int] = _CUT_FROM
 
     def rank(self, problem: Problem) -> int:
         """First where heads are few and some sequence is known to be long; else below all others on a GPU."""
-        return self.priority + 3 if _pays(problem) else 30
+        return self.priority + 3 if self._pays(problem) else 30
 
     def configs(self, problem: Problem) -> Sequence[Config]:
         return cut_configs(problem, self.pieces)
 
     def hopeless(self, problem: Problem) -> str | None:
         longest = problem.profile.longest
-        if longest is not None and longest < _CUT_FROM // 2:
+        if longest is not None and longest < _CUT_FROM:
             return f"at most {longest} tokens a sequence, too few to be worth three passes"
         blocks = None if longest is None else _blocks(problem, longest)
         if blocks is not None and blocks > _MANY_BLOCKS:
             return f"{blocks} blocks of long sequences fill the multiprocessors without any being cut"
         return None
 
+    def _pays(self, problem: Problem) -> bool:
+        """Whether whole sequences leave much of the chip idle for long: by few blocks, and many chunks."""
+        longest = problem.profile.longest
+        if longest is None or longest < self.cut_from:
+            return False
+        blocks = _blocks(problem, longest)
+        return blocks <= self.few_blocks and longest >= _CUT_PER_BLOCK * blocks
+
 
 def _blocks(problem: Problem, longest: int) -> int:
     """Blocks of the scan that work on sequences about as long as the longest: there are at most tokens / longest."""
     return max(1, problem.profile.tokens // longest) * problem.hv * -(-problem.v // _COLUMNS)
-
-
-def _pays(problem: Problem) -> bool:
-    """Whether whole sequences leave most of the chip idle for long: by few blocks, and many chunks."""
-    longest = problem.profile.longest
-    return longest is not None and longest >= _CUT_FROM and _blocks(problem, longest) <= _FEW_BLOCKS
 
 
 class CupyChunkedBf16(CupyChunked):
@@ -160,7 +167,7 @@ class CupyChunkedBf16(CupyChunked):
     """
 
     name: ClassVar[str] = "cupy_chunked_bf16"
-    priority: ClassVar[int] = 86
+    priority: ClassVar[int] = 88
     accuracy: ClassVar[str] = "rounded"
     pieces: ClassVar[int] = 1
 
@@ -179,8 +186,11 @@ class CupyCutBf16(CupyCut):
     """``cupy_cut`` with operands rounded like those of ``cupy_chunked_bf16``."""
 
     name: ClassVar[str] = "cupy_cut_bf16"
-    priority: ClassVar[int] = 85
+    priority: ClassVar[int] = 86
     accuracy: ClassVar[str] = "rounded"
+    # The pass that is saved takes half as long.
+    few_blocks: ClassVar[int] = 32
+    cut_from: ClassVar[int] = 2048
     pieces: ClassVar[int] = 1
 
     def check(self, problem: Problem) -> Verdict:

@@ -25,7 +25,7 @@ _LEAST_SHARED = 99 << 10
 #: Architectures with products of four warps.
 _GROUPED = (90,)
 #: Streaming multiprocessors of the chips aimed at, near enough.
-_SMS = 132
+_SMS, _NEARLY_ALL = 132, 120
 #: Segments of a sequence: they are joined one after another.
 _MOST_SEGMENTS = 32
 
@@ -44,7 +44,7 @@ def configs(problem: Problem, pieces: int) -> Sequence[Config]:
     wanted = [warps for warps in (8, 4, 2) if heads * -(-problem.v // (16 * warps)) >= _SMS] or [2]
     order = [(warps, False) for warps in (*wanted[:1], *(w for w in (4, 2, 8) if w != wanted[0]))]
     if problem.arch in _GROUPED:
-        many = _long_heads(problem) * -(-problem.v // 128) >= _SMS  # wide blocks share more, if all have one
+        many = _long_heads(problem) * -(-problem.v // 128) >= _NEARLY_ALL  # wide blocks share more, if all have one
         order = [(8, True), (4, True), *order] if many else [(4, True), (8, True), *order]
     found = []
     for warps, group in order:
@@ -66,6 +66,8 @@ def cut_configs(problem: Problem, pieces: int) -> Sequence[Config]:
     grouped = problem.arch in _GROUPED
     alone = [(4, 4, False), (2, 2, False)]
     kinds = [(4, 8, True), (4, 4, True), (8, 8, True), alone[problem.v <= 32]] if grouped else alone
+    if 2 * heads * -(-problem.v // 64) >= _NEARLY_ALL:
+        kinds[:2] = reversed(kinds[:2])  # two segments or so: narrow blocks fill the chip in the first pass too
     found, most = [], max(problem.k, problem.v)
     for warps, local, group in kinds:
         if any(w > (4 if group else 2) and 8 * w >= size for w, size in ((warps, problem.v), (local, most))):

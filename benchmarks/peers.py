@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -183,15 +184,18 @@ def run_implementation(
 # ---- who and what
 
 
-def chosen_cells(groups: str | None, smoke: bool) -> list[Cell]:
-    """Raises typer.BadParameter for an unknown group."""
+def chosen_cells(groups: str | None, smoke: bool, named: str | None = None) -> list[Cell]:
+    """Raises typer.BadParameter for an unknown group, and where no cell's name matches ``named``."""
     if smoke:
         return [GATES[0], *SMOKE]
     wanted = list(GROUPS) if groups is None else groups.split(",")
     unknown = [name for name in wanted if name not in GROUPS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]}: expected any of {', '.join(GROUPS)}", param_hint="--groups")
-    return [cell for cell in (*GATES, *CELLS) if cell.group in wanted]
+    found = [cell for cell in CELLS if cell.group in wanted and re.search(named or "", cell.case)]
+    if not found and wanted != ["gate"]:
+        raise typer.BadParameter(f"no cell of these groups matches {named}", param_hint="--cells")
+    return [*(gate for gate in GATES if gate.group in wanted), *found]
 
 
 def chosen_implementations(named: str | None, cells: Sequence[Cell], device: str, arch: int) -> list[str]:
@@ -242,6 +246,7 @@ def information(device: str) -> dict[str, Any]:
 def run(
     out: Annotated[Path, typer.Option(help="Results file: benchmarks/results/<date>_h100_peers.json")],
     groups: Annotated[str | None, typer.Option(help=f"Of {', '.join(GROUPS)}; default: all.")] = None,
+    cells: Annotated[str | None, typer.Option(help="Regular expression on the cells' names.")] = None,
     libraries: Annotated[str | None, typer.Option(help="Implementations by name; default: all that are there.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds that one cell of one implementation may take.")] = 150.0,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the file has, but for what ended badly.")] = False,
@@ -256,13 +261,13 @@ def run(
     """Compare, and print the table. Exit status: 0 done, 2 no GPU or a wrong command line."""
     if accuracy not in ACCURACIES:
         raise typer.BadParameter(f"{accuracy}: expected any of {', '.join(ACCURACIES)}", param_hint="--accuracy")
-    cells = chosen_cells(groups, smoke)
+    chosen = chosen_cells(groups, smoke, cells)
     machine = None if smoke else machines.find()
     if machine is None and not smoke:
         typer.echo("no CUDA device", err=True)
         raise typer.Exit(2)
     device = "cpu" if machine is None else "cuda"
-    who = chosen_implementations(libraries, cells, device, 0 if machine is None else machine.arch)
+    who = chosen_implementations(libraries, chosen, device, 0 if machine is None else machine.arch)
     results = Results(out, information(device))
     if resume:
         typer.echo(f"{results.resume()} rows are there already")
@@ -270,13 +275,13 @@ def run(
     options = ["--device", device, "--store", str(kept), "--accuracy", accuracy]
     if OWN in who and warmup:
         _warm_up(
-            [cell for cell in cells if cell.group != "gate"],
+            [cell for cell in chosen if cell.group != "gate"],
             [*options, "--budget", str(warmup)],
             warmup + _START_S,
         )
     for name in who:
         done = {case for (other, case), row in results.rows.items() if other == name and _final(row)}
-        left = [cell for cell in cells if cell.case not in done and (name != OWN or cell.group != "gate")]
+        left = [cell for cell in chosen if cell.case not in done and (name != OWN or cell.group != "gate")]
         own = not isinstance(registry.backends(OP).get(name), Adapter)
         limits = ["--first", str(first)] if first is not None and own else []
         for row in run_implementation(name, left, [*options, *limits], time_limit):

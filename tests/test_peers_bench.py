@@ -63,6 +63,10 @@ def test_groups_and_implementations_are_chosen_by_name():
     assert {cell.group for cell in bench.chosen_cells("mixed,short", False)} == {"mixed", "short"}
     with pytest.raises(bench.typer.BadParameter, match="warm"):
         bench.chosen_cells("warm", False)
+    some = [cell.case for cell in bench.chosen_cells("gate,short", False, "64x128|256x4")]
+    assert len(some) == len(cells.GATES) + 4
+    with pytest.raises(bench.typer.BadParameter, match="nowhere"):
+        bench.chosen_cells(None, False, "nowhere")
     with pytest.raises(bench.typer.BadParameter, match="fla_recurrent"):
         bench.chosen_implementations("fla", cells.SMOKE, "cpu", 0)
     chosen = bench.chosen_implementations(None, cells.SMOKE, "cpu", 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -31,6 +32,8 @@ _HOPELESS = 2.0
 _FIRST_CALLS = 5
 #: A fixed kernel, timed with every block, that moved by more than this says that a neighbour was at work.
 _DRIFT = 0.2
+#: Times as many blocks as are asked for, at most.
+_MORE = 5
 _TRIES = 400
 
 
@@ -80,12 +83,15 @@ def measure_regret(
     *,
     refused: Collection[str] = (),
     blocks: int = 10,
+    spare_s: float = 0.0,
     seed: int = 0,
 ) -> Regret:
     """Time every admitted candidate of ``task`` in interleaved blocks and compare ``decision`` with the best.
 
     Args:
         worker: of the task's device. refused: labels that are known to be wrong or broken; they are not timed.
+        blocks: times that each is timed, and up to ``_MORE`` times as often while the blocks take less than
+            ``spare_s`` seconds: where calls are short, differences of a percent need more of them.
 
     Raises:
         NothingToCompareError: the choice is not among the candidates, or fails. WorkerError: the machinery fails.
@@ -102,13 +108,19 @@ def measure_regret(
         raise NothingToCompareError(f"{choice}: {racing.failed[choice]}")
     order = random.Random(seed)
     rounds: list[tuple[float, dict[str, float]]] = []
-    while len(rounds) < blocks or (len(rounds) < 2 * blocks and _restless([sentinel for sentinel, _ in rounds])):
+    began, wanted = time.monotonic(), blocks
+    while True:
+        if len(rounds) >= wanted:
+            if wanted < _MORE * blocks and time.monotonic() - began < spare_s:
+                wanted += blocks
+            elif len(rounds) >= 2 * wanted or not _restless([sentinel for sentinel, _ in rounds]):
+                break
         block = racing.block(order.sample(names, len(names)))
         names = [name for name in names if name in block]
         if choice not in names:
             raise NothingToCompareError(f"{choice}: {racing.failed[choice]}")
         rounds.append((racing.sentinel_s, block))
-    calm = sorted(range(len(rounds)), key=lambda i: rounds[i][0])[:blocks]
+    calm = sorted(range(len(rounds)), key=lambda i: rounds[i][0])[:wanted]
     table = [{name: rounds[i][1][name] for name in names} for i in sorted(calm)]
     best, regret = split_regret(table, choice)
     typical = {name: 1e6 * median(block[name] for block in table) for name in (choice, best)}

@@ -126,6 +126,15 @@ def test_a_slow_choice_is_found_out_and_broken_candidates_do_not_matter(plan, wo
     assert found.candidates == 2
 
 
+def test_short_calls_are_timed_more_often_while_there_is_time(plan, worker):
+    task = plan.problems[0].task
+    refused = {"sluggish[default]"}
+    found = measure_regret(
+        worker, task, decision("swift"), plan.registry, POLICY, refused=refused, blocks=2, spare_s=60
+    )
+    assert found.blocks >= 5, "half of five times two; twice that where the machine was disturbed"
+
+
 def test_what_is_known_to_be_wrong_is_no_standard(plan, worker):
     task = plan.problems[0].task
     refused = {"swift[default]"}
@@ -198,7 +207,10 @@ def test_regrets_below_zero_count_as_none():
         for r, rule in ((-0.02, "tuned-user"), (0.04, "heuristic"))
     ]
     summary = harness.regret_summary(rows, "held_out")
-    assert summary == {"count": 2, "mean": pytest.approx(0.02), "worst": 0.04, "by_tuned_choice": 1, "by_neighbour": 0}
+    assert summary == {
+        "count": 2, "mean": pytest.approx(0.02), "signed_mean": pytest.approx(0.01), "worst": 0.04,
+        "by_tuned_choice": 1, "by_neighbour": 0,
+    }  # fmt: skip
     assert harness.regret_summary(rows, "transfer") is None
 
 

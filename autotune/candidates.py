@@ -36,12 +36,14 @@ PREDICATE_CODES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One backend with one config; ``fingerprint`` is the backend's, ``origin`` where a worker finds it."""
+    """One backend with one config; ``fingerprint`` is the backend's, ``origin`` where a worker finds it, ``source`` the
+    part of its fingerprint that is source alone."""
 
     backend: str
     config: Config
     fingerprint: str
     origin: Origin | None = None
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -66,6 +68,7 @@ class Candidate:
             verdict.code.value,
             verdict.reason,
             fingerprint=self.fingerprint,
+            source=self.source,
         )
 
 
@@ -97,7 +100,7 @@ def admit(registry: Registry, op: str, problem: Any) -> Admission:
     Raises:
         PredicateError: a predicate has a bug; dispatch would raise it as well, for every call.
     """
-    backends = registry.backends(op)
+    backends, sources = registry.backends(op), registry.source_fingerprints(op)
     candidates: list[Candidate] = []
     declined: list[CandidateRecord] = []
     last_resort: list[Candidate] = []
@@ -117,13 +120,14 @@ def admit(registry: Registry, op: str, problem: Any) -> Admission:
             except Exception as error:  # noqa: BLE001 - a third party's code; it becomes the reason of its rejection
                 verdict = Rejected(RejectCode.COMPILE, f"{type(error).__name__} raised by its configs: {error}")
         origin = origin_of(backend) if configs else None
-        offered = [Candidate(backend.name, config, fingerprint, origin) for config in configs]
+        source = sources[backend.name]
+        offered = [Candidate(backend.name, config, fingerprint, origin, source) for config in configs]
         if offered and why is None:
             candidates += offered
         else:
             last_resort += offered
             verdict = verdict if why is None else Rejected(RejectCode.HOPELESS, why)
-            declined.append(Candidate(backend.name, Config(), fingerprint).rejected(verdict))
+            declined.append(Candidate(backend.name, Config(), fingerprint, source=source).rejected(verdict))
     if not candidates:  # those known to lose against others have none to lose against
         names = {candidate.backend for candidate in last_resort}
         return Admission(tuple(last_resort), tuple(record for record in declined if record.backend not in names))

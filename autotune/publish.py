@@ -100,6 +100,7 @@ def _record(findings: Findings, candidate: Candidate) -> CandidateRecord:
         samples_us=tuple(_us(s) for s in seconds),
         fingerprint=candidate.fingerprint,
         tags=verdict.tags,
+        source=candidate.source,
     )
 
 

@@ -4,7 +4,8 @@
     found = store.get("fused_sigmoid_gating", 1, key, current_environment("cpu"), fingerprints)
 
 ``environment``: what a measurement holds for. ``entry``: one stored choice with all its candidates. ``layer``
-and ``store``: directories of entries and the search through them. ``plan``: an immutable set of choices that
+and ``store``: directories of entries and the search through them. ``shipped``: tables that travel in the package, which
+other machines read; ``extract``, ``shipping``: how they are made. ``plan``: an immutable set of choices that
 the ranks of a job agree on. ``journal``: an interrupted tuning run's memory. ``cli``: ``isokern cache``.
 """
 

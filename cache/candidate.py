@@ -36,9 +36,12 @@ class CandidateRecord:
         status: ``"ok"`` (proven correct, in the race) or ``"rejected"``.
         code: for rejected ones, a value of ``registry.decision.RejectCode``; else None.
         reason: in words, why it was rejected.
-        median_us: median time per call in microseconds, where it was timed.
+        median_us: typical time per call in microseconds, where it was timed: the winner's median; of others what they
+            took beside the winner, times that.
         samples_us: the single samples, in microseconds, in the order taken.
         fingerprint: the backend's fingerprint when it was measured.
+        source: the part of it that is source alone, without versions of what compiles it; "" where it was not recorded.
+            Shipped tables are read by it.
         tags: properties that were proven (``repeatable``, ...).
 
     Raises:
@@ -54,6 +57,7 @@ class CandidateRecord:
     samples_us: tuple[float, ...] = ()
     fingerprint: str = ""
     tags: tuple[str, ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         check_scalars("config", self.config)
@@ -83,6 +87,7 @@ class CandidateRecord:
             "median_us": self.median_us,
             "samples_us": list(self.samples_us),
             "fingerprint": self.fingerprint,
+            "source": self.source,
             "tags": sorted(self.tags),
         }
 
@@ -99,4 +104,5 @@ class CandidateRecord:
             samples_us=tuple(number("samples_us", sample) for sample in read(record, "samples_us", list)),
             fingerprint=read(record, "fingerprint", str),
             tags=tuple(str(tag) for tag in read(record, "tags", list)),
+            source=read(record, "source", str) if "source" in record else "",
         )

@@ -23,6 +23,9 @@ from .found import Located
 from .layer import Layer
 from .prune import Criteria, find_removals, remove
 from .render import candidates_table, console, differences_table, entries_table, summary_lines
+from .shipped import SHIPPED
+from .shipping import Current, CurrentOf
+from .shipping import ship as make_tables
 from .store import CacheWarning, Store
 from .store_diff import diff_entries, diff_stores
 from .transfer import absorb, load_bundle, movable, save_bundle
@@ -205,6 +208,43 @@ def _report_homeless(count: int) -> None:
 
 
 @app.command()
+def ship(
+    *,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="The store to make tables of; if not given, what this user tuned.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of tables: made, or brought up to date.")],
+    environment: Annotated[str, typer.Option("--environment", help="Only this environment (prefix).")] = "",
+) -> None:
+    """Make the tables that travel in the package (its folder cache/tables) of a store.
+
+    Only what is current, with the evidence for what is near the choice, and nothing of the machine but its silicon and
+    versions. Of one silicon's key the newer measurement stays.
+    """
+    with _one_line_errors():
+        source = _writable(_open(None) if root is None else _existing(root))
+        folder = Layer(SHIPPED, out.expanduser().absolute())
+        done = make_tables(source, folder, _current_of(), environment)
+        for reason, count in sorted(done.left_out.items()):
+            typer.echo(f"left out {count} entries {reason}", err=True)
+        counts = f"{done.added} added, {done.replaced} replaced, {done.kept} kept, {done.removed} removed"
+        typer.echo(f"{counts}: {done.entries} entries in {folder.root}, {done.bytes / 1024:.1f} KiB")
+
+
+def _current_of() -> CurrentOf:
+    from .. import registry
+
+    @functools.cache
+    def current(op: str) -> Current | None:
+        if op not in registry.names():
+            return None
+        default = registry.default
+        return Current(default.contract_version(op), default.fingerprints(op), default.source_fingerprints(op))
+
+    return current
+
+
+@app.command()
 def prune(
     *,
     root: Root = None,
@@ -252,7 +292,11 @@ def _fingerprints_of() -> Callable[[str], Mapping[str, str] | None]:
 def verify(root: Root = None) -> None:
     """Check every file of every layer. Exits with 1, naming them, if any is invalid."""
     with _one_line_errors():
-        checked = [found for layer in _open(root).layers for found in check_layer(layer)]
+        by_layer = [(layer, list(check_layer(layer))) for layer in _open(root).layers]
+        for layer, files in by_layer if len(by_layer) > 1 else ():
+            invalid = sum(bool(found.problem) for found in files)
+            typer.echo(f"{layer.name}\t{layer.root}\t{len(files)} files, {invalid} invalid")
+        checked = [found for _, files in by_layer for found in files]
         broken = [found for found in checked if found.problem]
         for found in broken:
             typer.echo(f"{found.path}: {found.problem}", err=True)

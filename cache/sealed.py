@@ -13,6 +13,7 @@ from .environment import Environment
 from .found import Hit, Miss
 from .neighbours import Neighbour
 from .plan import Plan
+from .shipped import Table
 from .store import Store
 
 __all__ = ["SealedStore"]
@@ -54,3 +55,7 @@ class SealedStore(Store):
     ) -> list[Neighbour]:
         """None: what is near in one rank's store need not be in another's."""
         return []
+
+    def tables(self, environment: Environment) -> tuple[Table, ...]:
+        """None: another rank may have another isokern's tables, or another GPU's."""
+        return ()

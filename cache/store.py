@@ -18,6 +18,7 @@ from .environment import Environment
 from .found import MEMORY, Hit, Located, Miss, Nearest, closest
 from .layer import Layer
 from .neighbours import Neighbour, neighbours
+from .shipped import SHIPPED, Table, by_nearness
 
 __all__ = ["CacheWarning", "Store"]
 
@@ -44,6 +45,7 @@ class Store:
         self.writable_layer = next((layer for layer in self.layers if layer.writable), None)
         self._read: dict[Path, Entry | None] = {}
         self._environments: dict[tuple[Layer, str], Environment | None] = {}
+        self._tables: dict[str, tuple[Table, ...]] = {}
         self._memory: dict[tuple[str, str, str], tuple[Entry, Environment]] = {}
         self._warned: set[tuple[str, ...]] = set()
 
@@ -63,7 +65,7 @@ class Store:
         layers += [
             Layer("user", _absolute(user), writable=True),
             Layer("site", _absolute(site)),
-            Layer("shipped", Path(__file__).parent / "tables"),
+            Layer(SHIPPED, Path(__file__).parent / "tables"),
         ]
         return cls(layers)
 
@@ -129,6 +131,7 @@ class Store:
         """Forget remembered lookups, so that others' writes are seen. Keeps what is only in memory."""
         self._read.clear()
         self._environments.clear()
+        self._tables.clear()
 
     def entries(self, environment: Environment | None = None) -> Iterator[Located]:
         """All valid entries, layer by layer, of one environment or of all; shadowed ones too.
@@ -158,6 +161,39 @@ class Store:
         located = (x for x in self.entries(environment) if (x.entry.op, x.entry.contract_version) == wanted)
         return neighbours(located, key, sizes)
 
+    def tables(self, environment: Environment) -> tuple[Table, ...]:
+        """The shipped tables that say something about ``environment``, nearest first; see :func:`.by_nearness`.
+
+        Those of the same silicon are among them, and that of ``environment`` itself. A table without a readable
+        manifest is none: nobody could say what it was made on.
+        """
+        if environment.hash not in self._tables:
+            found: list[Table] = []
+            for layer in self.layers:
+                if layer.name == SHIPPED:
+                    hashes = self._guarded(layer.schema_root, functools.partial(_listed, layer)) or ()
+                    made_in = [self._environment(layer, name) for name in hashes]
+                    found += [Table(layer, there) for there in made_in if there is not None]
+            self._tables[environment.hash] = by_nearness(found, environment)
+        return self._tables[environment.hash]
+
+    def in_table(self, table: Table, op: str, contract_version: int, key: Mapping[str, Scalar]) -> Located | None:
+        """The entry for exactly ``key`` in a shipped table, whatever its fingerprints."""
+        name = self._key_hash(op, contract_version, key)
+        if name is None:
+            return None
+        path = table.layer.entry_path(table.environment.hash, op, name)
+        entry = self._load(table.layer, path)
+        return Located(entry, table.layer, path, table.environment) if entry else None
+
+    def neighbours_in_table(
+        self, table: Table, op: str, contract_version: int, key: Mapping[str, Scalar], sizes: Collection[str]
+    ) -> list[Neighbour]:
+        """As :meth:`neighbours`, in a shipped table."""
+        wanted = (op, contract_version)
+        entries = self._entries_in(table.layer, table.environment.hash)
+        return neighbours((x for x in entries if (x.entry.op, x.entry.contract_version) == wanted), key, sizes)
+
     def nearest(self, op: str, key: Mapping[str, Scalar], environment: Environment | None = None) -> Nearest | None:
         """The entry of ``op`` with the fewest key fields unlike ``key``; among equals the one whose numbers
         are closest (by ratio), then the first in :meth:`entries`. None if the op has no entry."""
@@ -170,10 +206,8 @@ class Store:
         self, op: str, contract_version: int, key: Mapping[str, Scalar], environment: Environment
     ) -> Iterator[Located]:
         """Valid entries of exactly this key, in order of precedence."""
-        try:
-            name = key_hash(op, contract_version, key)
-        except InvalidRecordError as error:  # a NaN scale, say: no such key can ever have been stored
-            self._warn_once(("key", op), f"cannot look up a key of op {op!r}: {error}")
+        name = self._key_hash(op, contract_version, key)
+        if name is None:
             return
         kept = self._memory.get((environment.hash, op, name))
         if kept:
@@ -183,6 +217,13 @@ class Store:
             entry = self._load(layer, path)
             if entry:
                 yield Located(entry, layer, path, environment)
+
+    def _key_hash(self, op: str, contract_version: int, key: Mapping[str, Scalar]) -> str | None:
+        try:
+            return key_hash(op, contract_version, key)
+        except InvalidRecordError as error:  # a NaN scale, say: no such key can ever have been stored
+            self._warn_once(("key", op), f"cannot look up a key of op {op!r}: {error}")
+            return None
 
     def _entries_in(self, layer: Layer, environment: str) -> Iterator[Located]:
         where = layer.schema_root / environment

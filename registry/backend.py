@@ -18,7 +18,9 @@ __all__ = [
     "Chunked",
     "Config",
     "Pinnable",
+    "PinnableByLayout",
     "Pinned",
+    "PinnedByLayout",
     "Runner",
     "Scalar",
     "fingerprint_files",
@@ -34,6 +36,9 @@ Runner = Callable[[Any], Any]
 #: A runner pinned to one call's shapes: takes that call's tensors in the op's declared order (None where absent, the
 #: output among them) and runs. Returns nothing; the output is written.
 Pinned = Callable[[tuple[Any, ...]], None]
+
+#: The same for calls that need their lengths: it takes the batch's SequenceLayout as well.
+PinnedByLayout = Callable[[tuple[Any, ...], Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,18 @@ class Pinnable(Protocol):
         launch mode are the same; only addresses and contents differ, the values of lengths and slots among them.
 
         Runs and writes nothing. None if such calls need more than their tensors (host lengths, say).
+        """
+
+
+@runtime_checkable
+class PinnableByLayout(Protocol):
+    """What a :data:`Runner` may also offer whose calls need their lengths."""
+
+    def pin_by_layout(self, call: Any) -> PinnedByLayout | None:
+        """The runner for calls like ``call``, which has a SequenceLayout: as for ``Pinnable.pin``, and theirs have as
+        many sequences and a profile of lengths that the runner was bound for.
+
+        Runs and writes nothing, and keeps no tensor alive. None where a call is needed as a whole.
         """
 
 
@@ -175,6 +192,17 @@ class Backend(ABC):
         May raise ``importlib.metadata.PackageNotFoundError``: then nothing here compiles it.
         """
         return {}
+
+    def parts(self) -> Mapping[str, Backend]:
+        """The other backends of the op that it may run, by name; its fingerprint changes with theirs."""
+        return {}
+
+    def source_fingerprint(self) -> str:
+        """Changes with the source alone, whatever compiles it: the part of :meth:`fingerprint` that is equal elsewhere.
+
+        Shipped tables are read by it: they were measured with other versions of the toolchain than are installed.
+        """
+        return fingerprint_files(self.sources(), {n: b.source_fingerprint() for n, b in self.parts().items()})
 
     def fingerprint(self) -> str:
         """Changes whenever the kernel could have: stored beside its samples, checked before they are reused."""

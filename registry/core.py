@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PlanError, RegistrationError, StoreError, UnknownNameError
 from . import overrides
 from .accuracy import Accuracy, require
-from .backend import Backend, Config
-from .decision import Accepted, Rule
+from .backend import Backend
+from .decision import Rule
 from .dispatch import Dispatcher
 from .plugins import load_attribute, plugins
-from .selection import Suggestion, Suggestions, verdicts
+from .selection import Suggestion, Suggestions
 from .spec import OpSpec
 
 if TYPE_CHECKING:
-    from ..cache.candidate import CandidateRecord
     from ..cache.environment import Environment
     from ..cache.plan import Plan
     from ..cache.store import Store
@@ -31,7 +30,7 @@ BUILTIN_OPS: Mapping[str, str] = MappingProxyType(
 )
 
 _LAYER_RULES = {"explicit": Rule.TUNED_USER, "user": Rule.TUNED_USER, "memory": Rule.TUNED_USER}
-_LAYER_RULES |= {"site": Rule.TUNED_SITE, "shipped": Rule.TUNED_SHIPPED}
+_LAYER_RULES |= {"site": Rule.TUNED_SITE}  # shipped tables: see registry.stored
 
 
 class Registry:
@@ -54,6 +53,7 @@ class Registry:
         self._environments: dict[str, Environment] = {}
         self._plan: Plan | None = None
         self._fingerprints: dict[tuple[str, str], str] = {}
+        self._sources: dict[tuple[str, str], str] = {}
 
     # ---- ops
 
@@ -122,6 +122,7 @@ class Registry:
             raise RegistrationError(f"backend {backend.name!r} of op {backend.op!r} is already registered")
         self._backends[backend.op][backend.name] = backend
         self._fingerprints.pop((backend.op, backend.name), None)
+        self._sources.pop((backend.op, backend.name), None)
         self._forget(backend.op)
         return backend
 
@@ -138,6 +139,17 @@ class Registry:
         if key not in self._fingerprints:
             self._fingerprints[key] = self.backends(op)[name].fingerprint()
         return self._fingerprints[key]
+
+    def fingerprints(self, op: str) -> dict[str, str]:
+        """The fingerprint of each of the op's backends, by name."""
+        return {name: self.fingerprint(op, name) for name in self.backends(op)}
+
+    def source_fingerprints(self, op: str) -> dict[str, str]:
+        """Of each of the op's backends the part of its fingerprint that is source alone, computed once per process."""
+        for name, backend in self.backends(op).items():
+            if (op, name) not in self._sources:
+                self._sources[op, name] = backend.source_fingerprint()
+        return {name: self._sources[op, name] for name in self.backends(op)}
 
     def _load_backends(self, name: str) -> None:
         from ..backends import BUILTIN_BACKENDS
@@ -243,12 +255,13 @@ class Registry:
 
     def suggestions(self, spec: OpSpec, problem: Any) -> Suggestions:
         """What the pinned plan and the tuned stores say about ``problem``, best first, and why they say no more."""
-        from ..cache.found import Hit
+        from ..cache.found import Hit, Miss
+        from ..cache.shipped import SHIPPED
 
         found: list[Suggestion] = []
         notes: list[str] = []
         key = problem.tuning_key()
-        prints = {name: self.fingerprint(spec.name, name) for name in self.backends(spec.name)}
+        prints = self.fingerprints(spec.name)
         choice = None if self._plan is None else self._plan.lookup(spec.name, spec.contract_version, key)
         if self._plan is not None and choice is not None:
             detail = f"plan {self._plan.content_hash}"
@@ -258,41 +271,19 @@ class Registry:
                 notes.append(f"{detail}: {choice.backend!r} has changed since it was measured, or is not registered")
         environment = self.environment(problem.device)
         result = self.store.get(spec.name, spec.contract_version, key, environment, prints)
-        if isinstance(result, Hit):
+        if isinstance(result, Hit) and result.layer != SHIPPED:
             rule, entry = _LAYER_RULES[result.layer], result.entry
             found.append(Suggestion(rule, entry.backend, dict(entry.config), f"{result.layer} store: {entry.rule}"))
         else:
-            notes.append(f"not tuned: {result.reason}")
-            found += self._neighbours(spec, problem, prints)
+            from .stored import Untuned
+
+            elsewhere = Untuned(self, spec, problem, prints).suggestions()
+            found += elsewhere.found
+            tuned = any(s.rule is Rule.TUNED_SHIPPED for s in elsewhere.found)
+            if isinstance(result, Miss):
+                notes.append(f"not tuned{' in this environment' if tuned else ''}: {result.reason}")
+            notes += elsewhere.notes
         return Suggestions(tuple(found), tuple(notes))
-
-    def _neighbours(self, spec: OpSpec, problem: Any, prints: Mapping[str, str]) -> list[Suggestion]:
-        """What is expected to be fastest by what was tuned for other sizes, as far as it is offered for this one."""
-        from .forecast import forecast
-
-        sizes = getattr(problem, "sizes", ())
-        if not sizes:
-            return []
-        environment, key = self.environment(problem.device), problem.tuning_key()
-        near = self.store.neighbours(spec.name, spec.contract_version, key, sizes, environment)
-        if not near:
-            return []
-        backends = self.backends(spec.name)
-        able = [outcome.backend for outcome in verdicts(backends, problem) if isinstance(outcome.verdict, Accepted)]
-        if not able:
-            return []
-        first = able[0]  # known to lose or not, it would be the choice
-        promising = {name for name in able if name == first or backends[name].hopeless(problem) is None}
-
-        def offered(record: CandidateRecord) -> bool:
-            name, config = record.backend, Config.from_dict(dict(record.config))
-            return name in promising and config in backends[name].configs(problem)
-
-        default = f"{first}[{backends[first].configs(problem)[0].label}]"
-        found = forecast(near, offered, default, prints)
-        if found is None:
-            return []
-        return [Suggestion(Rule.NEIGHBOUR, found.record.backend, dict(found.record.config), found.text)]
 
     def _forget(self, op: str | None = None) -> None:
         for name, dispatcher in self._dispatchers.items():

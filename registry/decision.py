@@ -76,6 +76,7 @@ class Rule(StrEnum):
     TUNED_SITE = "tuned-site"
     TUNED_SHIPPED = "tuned-shipped"
     NEIGHBOUR = "neighbour"  # tuned for a batch of about this size
+    OTHER_SILICON = "other-silicon"  # a shipped table of the most similar device that has one
     HEURISTIC = "heuristic"
     REFERENCE = "reference"
 

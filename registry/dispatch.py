@@ -126,7 +126,7 @@ class Dispatcher:
         decision = self.decide(problem, backend)
         self._forks.check(problem, self._implementation(decision.backend))
         bound = self._captured(key, decision) if _mode(problem) == "graph" else self._bound(problem, decision)
-        if decision.rule in (Rule.NEIGHBOUR, Rule.HEURISTIC, Rule.REFERENCE):
+        if decision.rule in (Rule.NEIGHBOUR, Rule.OTHER_SILICON, Rule.HEURISTIC, Rule.REFERENCE):
             self.misses[problem] += 1
         self._remember(key, bound, generation)
         return bound

@@ -6,12 +6,15 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .accuracy import ACCURACIES
 from .core import Registry
 from .overrides import ACCURACY_PREFIX, ENVIRONMENT_PREFIX, environment_accuracies, environment_overrides
 from .plugins import BrokenBackend, missing_modules
+
+if TYPE_CHECKING:
+    from ..cache.layer import Layer
 
 __all__ = ["Item", "examine"]
 
@@ -97,7 +100,7 @@ def _store(registry: Registry) -> list[Item]:
     for layer in registry.store.layers:
         there = layer.root.exists()
         if not layer.writable:
-            text = f"{layer.root}{'' if there else ' (none)'}, read only"
+            text = f"{layer.root}{'' if there else ' (none)'}, read only{_tables(layer)}"
             items.append(Item("store", layer.name, "ok" if there else "absent", text))
             continue
         probe = layer.root
@@ -107,3 +110,22 @@ def _store(registry: Registry) -> list[Item]:
         text = str(layer.root) if able else f"{layer.root} cannot be written: choices last as long as the process"
         items.append(Item("store", layer.name, "ok" if able else "bad", text))
     return items
+
+
+def _tables(layer: Layer) -> str:
+    """What a layer of shipped tables has, and of which devices; their entries are counted, not read."""
+    from ..cache.codec import InvalidRecordError
+    from ..cache.shipped import SHIPPED
+
+    if layer.name != SHIPPED:
+        return ""
+    try:
+        return "".join(f"; {_table(layer, name)}" for name in layer.environments())
+    except (InvalidRecordError, OSError) as error:
+        return f"; cannot be read: {error}"
+
+
+def _table(layer: Layer, name: str) -> str:
+    made_in = layer.read_environment(name)
+    device = f"{name}, without a manifest" if made_in is None else made_in.describe()
+    return f"{device}: {sum(1 for _ in layer.entry_paths(name))} entries"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from .decision import Accepted, Decision
+from .decision import Accepted, Decision, Rule
+from .stored import shipped_entries
 
 if TYPE_CHECKING:
     from ..cache.entry import Entry
@@ -83,9 +84,14 @@ def explanation(decision: Decision, registry: Registry, problem: Any) -> list[Re
     parts: list[RenderableType] = [render(decision)]
     spec = registry.spec(decision.op)
     key, environment = problem.tuning_key(), registry.environment(problem.device)
+    prints = registry.fingerprints(decision.op)
+    if decision.rule in (Rule.TUNED_SHIPPED, Rule.OTHER_SILICON):
+        shipped = shipped_entries(registry, spec, problem, same=decision.rule is Rule.TUNED_SHIPPED)
+        for name, made in shipped:
+            if decision.detail.startswith(name):  # nearer ones may have had nothing that runs here
+                return [*parts, "", f"{name}:", *tuning_lines(made, prints), candidate_table(made)]
     entry = registry.store.peek(decision.op, spec.contract_version, key, environment)
     if entry is not None:
-        prints = {name: registry.fingerprint(decision.op, name) for name in registry.backends(decision.op)}
         return [*parts, "", *tuning_lines(entry, prints), candidate_table(entry)]
     nearest = registry.store.nearest(decision.op, key, environment)
     if nearest is None:

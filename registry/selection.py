@@ -72,8 +72,8 @@ def decide(
     request: Request,
     suggestions: Callable[[], Suggestions],
 ) -> Decision:
-    """Choose by: argument, context, environment, plan, tuned (user, site, shipped), tuned for a neighbour, heuristic
-    order, reference.
+    """Choose by: argument, context, environment, plan, tuned (user, site, shipped), tuned for a neighbour, shipped for
+    other silicon, heuristic order, reference.
 
     Args:
         suggestions: called only when nothing is forced; looks plan and tuned choices up.

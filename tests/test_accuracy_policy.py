@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import threading
@@ -102,17 +103,21 @@ def ran(op, kwargs, **more):
     return {1.0: "exact", 2.0: "rounding"}[float(op(**kwargs, **more).flatten()[0])]
 
 
-def tuned(registry, problem, backend, chunk=32):
-    """As a warm-up would have published it."""
+def tuned(registry, problem, backend, chunk=32, beaten=None):
+    """As a warm-up would have published it. ``beaten``: whose default took twice as long."""
     environment = registry.environment("cpu")
     config = {"chunk": chunk}
     record = CandidateRecord(
         backend, config, "ok", median_us=1.0, samples_us=(1.0,), fingerprint=registry.fingerprint(OP, backend)
     )
+    candidates = (record,)
+    if beaten is not None:
+        changes = {"config": {"chunk": 64}, "median_us": 2.0, "samples_us": (2.0,), "backend": beaten}
+        candidates += (dataclasses.replace(record, **changes, fingerprint=registry.fingerprint(OP, beaten)),)
     measured = {"policy": "eager", "created": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "isokern": "0"}
     entry = Entry(
         op=OP, contract_version=SPEC.contract_version, key=problem.tuning_key(), environment=environment.hash,
-        backend=backend, config=config, rule="made up", candidates=(record,), margin_over_runner_up=None,
+        backend=backend, config=config, rule="made up", candidates=candidates, margin_over_runner_up=None,
         margin_over_default=None, measured={**measured, "launches": 1, "method": "made up"},
     )  # fmt: skip
     registry.store.put(entry, environment)
@@ -376,7 +381,8 @@ class TestStores:
     @pytest.mark.parametrize("policies", [("float32", "rounded"), ("rounded", "float32")])
     def test_nor_is_it_a_neighbour(self, own, policies):
         one, two = policies
-        tuned(own, describe(CASE.but(lengths=(1,) * 8), "cpu", accuracy=one), "exact")
+        first = {"float32": "exact", "rounded": "rounding"}[one]
+        tuned(own, describe(CASE.but(lengths=(1,) * 8), "cpu", accuracy=one), "exact", beaten=first)
         decide = own.dispatcher(OP).decide
         assert decide(PROBLEM.with_accuracy(one)).rule is Rule.NEIGHBOUR
         assert decide(PROBLEM.with_accuracy(two)).rule is Rule.HEURISTIC

@@ -274,7 +274,8 @@ def test_in_a_cuda_graph_it_comes_first_too_where_both_parts_are_walked_over_sid
         ("cuda", MIXED, 60),  # what walks is the first choice for both parts
         ("cuda", MIXED.but(lengths=(500, 1000, 300)), 80),  # mild
         ("cuda", MIXED.but(lengths=(1,) * 64), 80),  # declined
-        ("cuda", MIXED.but(lengths=(1,) * 15 + (256,)), 80),  # two calls take the host longer than one kernel the GPU
+        # two calls take the host longer than one kernel the GPU
+        ("cuda", MIXED.but(lengths=(1,) * 15 + (256,), h=4, hv=8), 80),
     ],
 )
 def test_elsewhere_it_comes_after_every_other_but_the_reference(device, spec, chunked_rank):

@@ -94,6 +94,9 @@ class NoStore:
     def neighbours(self, *args):
         return []
 
+    def tables(self, environment):
+        return ()
+
     def refresh(self):
         pass
 

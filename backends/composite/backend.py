@@ -25,7 +25,7 @@ _EQUAL = (LengthClass.DECODE, LengthClass.UNIFORM)
 #: beside 63 decode rows is 4096 in 64.
 _PROMPTS = 64
 #: Tokens times value heads below which two calls from the host take longer than one kernel for everything.
-_TWO_CALLS = 1 << 15
+_TWO_CALLS = 1 << 13
 #: Sequences times value heads from which, in a CUDA graph, rows beside a prompt that is walked over too gain by being
 #: on a stream of their own: with 30 rows and 30 tokens a sixth to a third, with 3 rows, 16 tokens and 8 heads nothing.
 _TWO_WALKS = 256

@@ -1,12 +1,12 @@
 """Host microseconds of one call, and of its parts: recognising it, its output, packing, the driver.
 
-    python benchmarks/host_cost.py [--backend triton ...] [--sglang FOLDER] [--save | --out FILE]
+    python benchmarks/host_cost.py [--backend triton ...] [--no-mixed] [--sglang FOLDER] [--save | --out FILE]
 
-Decode steps at HV = 32, called as an engine's code calls: tensors by position, what is not the default by name; the
-torch operator as compiled graphs call it. Every implementation in turn, in random order, a hundred calls at a time, so
-that the device's queue is never full; the device is waited for outside the timed region. Medians over rounds, the
-garbage collector off. Without a GPU the launchers run up to the driver, on tensors of the CPU: what is packed is timed,
-nothing is launched.
+Decode steps at HV = 32, and a mixed batch taken apart by ``composite`` beside what its kernels cost alone, called as an
+engine's code calls: tensors by position, what is not the default by name; the torch operator as compiled graphs call
+it. Every implementation in turn, in random order, a hundred calls at a time, so that the device's queue is never full;
+the device is waited for outside the timed region. Medians over rounds, the garbage collector off. Without a GPU the
+launchers run up to the driver, on tensors of the CPU: what is packed is timed, nothing is launched.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Annotated
 import torch
 import typer
 from framework_launches import OWN_LAUNCHES
+from host_mixed import MIXED, mixed_ops
 from record import Row, meta, save
 from rich.console import Console
 from rich.table import Table
@@ -116,6 +117,11 @@ def call_of(spec: CaseSpec) -> tuple[dict, Call]:
 def without_launch(driver: Driver) -> Driver:
     """The same driver, but launches end before its door."""
     return replace(driver, library=_Unlaunched(driver.library))
+
+
+def unlaunched_driver() -> Driver:
+    """One for tensors of a CPU, whose launches end at once."""
+    return replace(RecordingLibrary().driver(), library=_Unlaunched(RecordingLibrary()))
 
 
 class _Unlaunched:
@@ -250,7 +256,7 @@ def own_launches(launcher: Launcher, call: Call) -> list[Timed]:
 def of_backend(backend: str, spec: CaseSpec) -> list[Timed]:
     """Everything to time of one backend on one case."""
     kwargs, call = call_of(spec)
-    driver = gpu() if ON_GPU else replace(RecordingLibrary().driver(), library=_Unlaunched(RecordingLibrary()))
+    driver = gpu() if ON_GPU else unlaunched_driver()
     launcher, config = launcher_on(backend, call, driver)
     unlaunched, _ = launcher_on(backend, call, without_launch(driver))
     tensors = tensors_of(call)
@@ -274,6 +280,15 @@ def of_backend(backend: str, spec: CaseSpec) -> list[Timed]:
     for one in timed:
         one.backend, one.config = backend, config.label
     return timed
+
+
+def of_mixed() -> list[Timed]:
+    """Whole calls of a mixed batch."""
+    kwargs, _ = call_of(MIXED)
+    return [
+        Timed(implementation, site_of(op, kwargs, backend), backend)
+        for (implementation, backend), op in mixed_ops(unlaunched_driver()).items()
+    ]
 
 
 def common(spec: CaseSpec, sglang: Path | None) -> list[Timed]:
@@ -369,6 +384,7 @@ def show(rows: list[Row]) -> None:
 def main(
     backend: Annotated[list[str] | None, typer.Option(help="Backends to time; default: all.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; default: 1, 4 and 64.")] = None,
+    mixed: Annotated[bool, typer.Option(help="Time a mixed batch as well.")] = True,
     sglang: Annotated[Path | None, typer.Option(help="Folder with the package sglang, to time its op.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     save_as: Annotated[
@@ -388,6 +404,10 @@ def main(
                 timed += of_backend(name, spec)
             measure(timed)
             rows += rows_of(spec, timed)
+        if mixed:
+            timed = of_mixed()
+            measure(timed)
+            rows += rows_of(MIXED, timed)
     show(rows)
     if out is not None:
         out.write_text(

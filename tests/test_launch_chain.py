@@ -91,6 +91,19 @@ def test_a_pinned_call_passes_the_tensors_it_is_given():
     assert [words(launch)[0] for launch in library.launches] == [other.q.data_ptr(), other.out.data_ptr()]
 
 
+def test_kernels_over_the_same_tensors_are_one_step():
+    library = RecordingLibrary()
+
+    def steps_of(*tensors):
+        launchers = [Launcher("planted", PROBLEM, Config(), Compiler(str(t), t), library.driver()) for t in tensors]
+        prepared = Chain(launchers, lambda call: 64).prepared(call_of())
+        assert prepared.workspace == 64
+        return [(step.order, len(step.launches)) for step in prepared.steps]
+
+    assert steps_of(Q, Q, OUT) == [((Q,), 2), ((OUT,), 1)]
+    assert steps_of(Q, OUT, Q) == [((Q,), 1), ((OUT,), 1), ((Q,), 1)]
+
+
 def test_the_workspace_is_as_large_as_the_call_needs():
     asked = []
     chain, _ = made(lambda call: asked.append(call.n) or 64)

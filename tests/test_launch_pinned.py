@@ -90,6 +90,31 @@ def test_a_pinned_call_passes_what_the_unpinned_one_does():
         ]
 
 
+def test_whoever_has_the_addresses_may_launch_by_them_on_any_stream():
+    launcher, library, _ = made()
+    call = call_of()
+    launcher.pin(call)(tensors_of(call))
+    prepared = launcher.prepared(call)
+    [step] = prepared.steps
+    addresses = [tensors_of(call)[index].data_ptr() for index in step.order]
+    [launch] = step.launches
+    assert launch(addresses, 9, 0) is None, "no memory of its own"
+    assert replace(library.launches[-1], stream=0) == library.launches[-2]
+    assert library.launches[-1].stream == 9
+    launch([*addresses[:-1], addresses[-1] + 64], 0, 0)
+    assert words(library.launches[-1])[3] == call.out.data_ptr() + 64
+
+
+def test_a_kernel_s_own_memory_is_handed_to_whoever_launches_it():
+    launcher, library, compiler = made(scratch=40)
+    compiler.scratch = 32
+    call = call_of()
+    [step] = launcher.prepared(call).steps
+    memory = step.launches[0]([tensors_of(call)[index].data_ptr() for index in step.order], 0, 0)
+    assert memory.numel() == 40 * call.n * call.hv
+    assert words(library.launches[-1])[4] == memory.data_ptr()
+
+
 def test_pinning_runs_nothing_and_keeps_no_tensor():
     launcher, library, _ = made()
     call = call_of()

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import NoBackendError
-from ...registry.backend import Backend, Chunked, Config, Pinnable, Pinned, Runner
+from ...registry.backend import Backend, Chunked, Config, Pinnable, Pinned, PinnedByLayout, Runner
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from ...registry.plugins import checked
 from ...registry.varlen.layout import SequenceLayout
+from ..launch.launcher import Runner as Launched
+from .addressed import Assigned, Kinds
 from .bound import config_within
 from .part import Part, capable
 from .profiles import long_part, short_part
@@ -64,8 +66,9 @@ class CompositeRunner:
         self._bound: dict[tuple[bool, VarlenProfile], Runner] = {}
         self._lock = threading.Lock()
         self._expected = {False: short_part(problem), True: long_part(problem)}
-        for long, expected in self._expected.items():
-            self._runner(long, expected.profile)
+        launched = [isinstance(self._runner(long, of.profile), Launched) for long, of in self._expected.items()]
+        #: None where calls are taken apart by views.
+        self._kinds = Kinds(self._assigned, self._by_views, self._streams) if all(launched) else None
 
     def __call__(self, call: Call) -> torch.Tensor:
         """Write the output, the pool and the intermediate states; see :class:`Call` for shapes."""
@@ -73,6 +76,27 @@ class CompositeRunner:
         if out is None:
             out = torch.zeros(call.v.shape, dtype=call.q.dtype, device=call.q.device)
             call = call.replace(out=out)
+        addressed = None if self._kinds is None else self._kinds.of(call)
+        if addressed is None:
+            self._by_views(call)
+        else:
+            addressed(call)
+        return out
+
+    def pin(self, call: Call) -> Pinned | None:
+        """None: such calls need their lengths. Compiles what the parts of ``call``, which has its output, need."""
+        if call.out is not None and self.pin_by_layout(call) is None:
+            for _, run, part in self._work(call):
+                _prepare(run, part)
+        return None
+
+    def pin_by_layout(self, call: Call) -> PinnedByLayout | None:
+        """See ``registry.backend.PinnableByLayout``. None where a part's kernels are not launched by address."""
+        addressed = None if self._kinds is None else self._kinds.of(call)
+        return addressed.run if addressed is not None and addressed.ready(call) else None
+
+    def _by_views(self, call: Call) -> None:
+        """Run ``call``, which has its output, as calls of its parts."""
         work = self._work(call)
         if self._streams is not None and len({long for long, _, _ in work}) > 1:
             # The prompts, which take longest: their kernels go first wherever there is room for a block.
@@ -80,14 +104,6 @@ class CompositeRunner:
         else:
             for _, run, part in work:
                 run(part)
-        return out
-
-    def pin(self, call: Call) -> Pinned | None:
-        """None: such calls need their lengths. Compiles what the parts of ``call``, which has its output, need."""
-        if call.out is not None:
-            for _, run, part in self._work(call):
-                _prepare(run, part)
-        return None
 
     def _work(self, call: Call) -> Sequence[_Work]:
         """The calls that ``call`` is divided into, in batch order, and their runners."""
@@ -97,13 +113,17 @@ class CompositeRunner:
         if layout is None:
             assert call.cu_seqlens is not None
             layout = SequenceLayout(call.offsets, call.cu_seqlens)
+        return [(long, do, call if run is None else call_of(call, run)) for long, do, run in self._assigned(layout)]
+
+    def _assigned(self, layout: SequenceLayout) -> Sequence[Assigned]:
+        """The runs of a batch, in its order, and their runners."""
         spans = layout.spans(self.threshold)
         if len(spans) > MOST_RUNS:
-            return ((True, self._runner(True, layout.profile), call),)
+            return ((True, self._runner(True, layout.profile), None),)
         if len(spans) == 1:
-            return ((spans[0].long, self._runner(spans[0].long, layout.profile), call),)
+            return ((spans[0].long, self._runner(spans[0].long, layout.profile), None),)
         runs = layout.runs(self.threshold)
-        return [(r.span.long, self._runner(r.span.long, r.layout.profile), call_of(call, r)) for r in runs]
+        return [(r.span.long, self._runner(r.span.long, r.layout.profile), r) for r in runs]
 
     def _runner(self, long: bool, profile: VarlenProfile) -> Runner:
         """The runner of a run of this profile: bound now, or earlier."""

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
     from ...registry.varlen.runs import Run
 
-__all__ = ["call_of"]
+__all__ = ["PER_SEQUENCE", "PER_TOKEN", "call_of"]
+
+#: Tensors of a call that have a row per token (their second axis), and those with an entry per sequence (their first).
+PER_TOKEN = frozenset("a q k v b out".split())
+PER_SEQUENCE = frozenset("read_slots write_slots intermediate_rows parents".split())
 
 
 def call_of(call: Call, run: Run) -> Call:

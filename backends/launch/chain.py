@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-
-from ...registry.backend import Pinned
 from ...registry.ops.fused_sigmoid_gating.call import Call
 from .launcher import Launcher, Runner
+from .pinned import Prepared, Step
 
 __all__ = ["Chain"]
 
@@ -31,15 +28,12 @@ class Chain(Runner):
         super().__init__()
         self._launchers, self._workspace = tuple(launchers), workspace
 
-    def pin(self, call: Call) -> Pinned:
-        forms = [launcher.pin(call) for launcher in self._launchers]
-        needed, device = max(1, self._workspace(call)), call.q.device
-
-        def run(tensors: tuple[Any, ...]) -> None:
-            # Freed when this returns, for what this stream does next: after the kernels.
-            memory = torch.empty(needed, dtype=torch.uint8, device=device)
-            address = memory.data_ptr()
-            for form in forms:
-                form(tensors, address)
-
-        return run
+    def prepared(self, call: Call) -> Prepared:
+        of_each = [launcher.prepared(call) for launcher in self._launchers]
+        steps: list[Step] = []
+        for step in (step for one in of_each for step in one.steps):
+            if steps and steps[-1].order == step.order:
+                steps[-1] = Step(step.order, steps[-1].launches + step.launches)
+            else:
+                steps.append(step)
+        return Prepared(tuple(steps), max(1, self._workspace(call)), call.q.device, of_each[0].driver)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from . import forks
 from .compiler import Compiler, Layout, Variant
 from .driver import Driver, DriverError, Kernel, gpu
 from .image import Image
-from .pinned import pinned
+from .pinned import Prepared, pinned, step_of
 
 __all__ = ["MOST_PINNED", "Launcher", "Runner"]
 
@@ -40,8 +39,12 @@ class Runner(ABC):
         self._lock = threading.Lock()
 
     @abstractmethod
+    def prepared(self, call: Call) -> Prepared:
+        """The launches of calls like ``call``. Compiles and loads what ``call`` itself needs; keeps no tensor of it."""
+
     def pin(self, call: Call) -> Pinned:
-        """The form for calls like ``call``."""
+        """The form for calls like ``call``: its launches on torch's current stream."""
+        return pinned(self.prepared(call), _OP)
 
     def __call__(self, call: Call) -> torch.Tensor:
         """Launch on torch's current stream of the tensors' device. An output that is not given is allocated."""
@@ -92,11 +95,10 @@ class Launcher(Runner):
         for variant in compiler.expected():
             self._kernel(variant, self._driver.device())
 
-    def pin(self, call: Call) -> Callable[..., None]:
-        """The form for calls like ``call``. Compiles and loads what ``call`` itself needs; keeps no tensor of it."""
+    def prepared(self, call: Call) -> Prepared:
         layout = self.compiler.layout(call)
         if 0 in layout.grid:
-            return _nothing
+            return Prepared((), 0, call.q.device, self._driver)
         if any(blocks > most for blocks, most in zip(layout.grid, _LARGEST_GRID, strict=True)):
             raise self._failed("launch", "more blocks than a grid holds", layout)
         device = call.q.device.index
@@ -106,7 +108,8 @@ class Launcher(Runner):
 
         vectors = [getattr(call, TENSORS[index]) for index in layout.vectors]
         kernel(layout.wide and all(t.data_ptr() % 16 == 0 for t in vectors))
-        return pinned(layout, device, self._driver, kernel, partial(self._failed, "launch", layout=layout), _OP)
+        step = step_of(layout, device, self._driver, kernel, partial(self._failed, "launch", layout=layout))
+        return Prepared((step,), 0, call.q.device, self._driver)
 
     def _kernel(self, variant: Variant, device: int | None) -> Kernel:
         """The loaded kernel, ready on ``device``."""
@@ -159,10 +162,6 @@ class Launcher(Runner):
 def _load(driver: Driver, image: Image) -> Kernel:
     """One handle per kernel, however many problems it serves."""
     return Kernel(driver, image)
-
-
-def _nothing(_tensors: tuple[Any, ...], _workspace: int = 0) -> None:
-    """The form of calls without sequences or without tokens."""
 
 
 def _kind(call: Call) -> Hashable:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...backend import Pinnable, Pinned, Runner
+from ...backend import Pinnable, PinnableByLayout, Pinned, PinnedByLayout, Runner
 from ...decision import Decision
 from ...dispatch import Bound
 from ...overrides import Override, active
@@ -51,7 +51,8 @@ class Entry:
         identity, offsets: the SequenceLayout, or the offsets, that were found to fit last.
         reshape: gates given flat or without the batch axis, into canonical form (None: they are).
         new_output: v to an uninitialised output; None where the runner makes it.
-        pinned: the runner on bare tensors, if there is one; runner: on a Call.
+        pinned: the runner on bare tensors, if there is one; laid: on them and a SequenceLayout, which such calls have;
+            runner: on a Call.
         numbers: softplus_beta, softplus_threshold, scale and lower_bound of the canonical call.
         decision: why this runner; problem: what it was decided for.
     """
@@ -91,6 +92,7 @@ class Entry:
     reshape: Reshape | None
     new_output: Maker | None
     pinned: Pinned | None
+    laid: PinnedByLayout | None
     runner: Runner
     numbers: tuple[float, float, float, float | None]
     decision: Decision
@@ -105,10 +107,10 @@ class Entry:
         ``tensors`` are the caller's own, in the order of TENSORS, as the hot path puts them together.
 
         None for calls that cannot be told from others by what the hot path looks at. Runs nothing, but may compile
-        (``Pinnable.pin``).
+        (``Pinnable.pin``, ``PinnableByLayout.pin_by_layout``).
 
         Raises:
-            BackendFailedError: as the runner's ``pin``.
+            BackendFailedError: as these.
         """
         output_slots = given["output_state_indices"]
         if not all(plain(t) for t in tensors if t is not None):
@@ -123,12 +125,14 @@ class Entry:
         steps = [t.shape[1] for t in (call.intermediates, call.parents) if t is not None]
         runner = bound.runner
         pinned: Pinned | None
+        laid: PinnedByLayout | None = None
         if call.n == 0 or call.tokens == 0:
             if call.out is None:
                 return None
             runner, pinned = _untouched, _nothing
         else:
-            pinned = pin(runner, call)
+            laid = pin_by_layout(runner, call)
+            pinned = pin(runner, call) if laid is None else None
         # Besides the tensors of a step, and perhaps its offsets, nothing is given.
         is_step = (
             looked_at in (_OF_STEPS, [*_OF_STEPS, TENSORS.index("cu_seqlens")])
@@ -176,6 +180,7 @@ class Entry:
             reshape=_reshape(given, call),
             new_output=None if call.out is None or given["out"] is not None else output_maker(call.v, call.q.dtype),
             pinned=pinned,
+            laid=laid,
             runner=runner,
             numbers=(call.softplus_beta, call.softplus_threshold, call.scale, call.lower_bound),
             decision=bound.decision,
@@ -220,6 +225,13 @@ def _reshape(given: Mapping[str, Any], call: Call) -> Reshape | None:
 def pin(runner: object, call: Call) -> Pinned | None:
     """The runner pinned to calls like ``call``, which has its output; None where it cannot be."""
     return runner.pin(call) if call.out is not None and isinstance(runner, Pinnable) else None
+
+
+def pin_by_layout(runner: object, call: Call) -> PinnedByLayout | None:
+    """The same for calls that have a SequenceLayout, of a runner that needs it."""
+    if call.out is None or call.layout is None or not isinstance(runner, PinnableByLayout):
+        return None
+    return runner.pin_by_layout(call)
 
 
 def _nothing(tensors: tuple[Any, ...]) -> None:

@@ -255,6 +255,9 @@ class HotPath:
                     if entry.pinned is not None:
                         entry.pinned(tensors)
                         return out  # type: ignore[return-value]  # a pinned call has an output
+                    if entry.laid is not None:
+                        entry.laid(tensors, layout)  # without a layout no call got this far
+                        return out  # type: ignore[return-value]
                     beta, threshold, scale, lower_bound = entry.numbers
                     call = Call(
                         A_log, a, dt_bias, beta, threshold, q, k, v, b, scale, use_qk_l2norm_in_kernel,

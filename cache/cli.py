@@ -112,16 +112,18 @@ def list_entries(
     op: OpFilter = None,
     layer: Annotated[str | None, typer.Option("--layer", help="Only entries of this layer.")] = None,
 ) -> None:
-    """List the entries of all layers, in order of precedence."""
+    """List the entries of all layers, in order of precedence; the shipped ones, which all have, only where asked for."""
     with _one_line_errors():
         store = _open(root)
         names = [known.name for known in store.layers]
         if layer is not None and layer not in names:
             raise UnknownNameError("layer", layer, names)
         found = _select(store, op, layer)
-        if found:
-            console().print(entries_table(found))
-        typer.echo(f"{len(found)} entries")
+        mine = [item for item in found if layer is not None or item.layer_name != SHIPPED]
+        if mine:
+            console().print(entries_table(mine))
+        shipped = len(found) - len(mine)
+        typer.echo(f"{len(mine)} entries" + (f", and {shipped} shipped (--layer {SHIPPED})" if shipped else ""))
 
 
 @app.command()
@@ -173,9 +175,10 @@ def export_bundle(
     op: OpFilter = None,
     environment: Annotated[str, typer.Option("--environment", help="Only this environment (prefix).")] = "",
 ) -> None:
-    """Write entries and their environments into one file."""
+    """Write entries and their environments into one file; shipped ones are everywhere already."""
     with _one_line_errors():
-        parcels, homeless = movable(_select(_open(root), op, environment=environment))
+        tuned = [x for x in _select(_open(root), op, environment=environment) if x.layer_name != SHIPPED]
+        parcels, homeless = movable(tuned)
         _report_homeless(homeless)
         save_bundle(file, parcels)
         typer.echo(f"{len(parcels)} entries written to {file}")

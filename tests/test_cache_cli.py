@@ -106,6 +106,8 @@ class TestList:
         fill(make_entry(backend="torch"), make_entry(9), to=tmp_path / "site")
         assert "3 entries" in run("list").stdout
         assert "2 entries" in run("list", "--layer", "site").stdout
+        shipped = run("list", "--layer", "shipped").stdout
+        assert f"and {shipped.split()[-2]} shipped (--layer shipped)" in run("list").stdout
         assert_error(run("list", "--layer", "sight"), "did you mean 'site'?")
 
     def test_an_empty_store_is_no_error(self, root):

@@ -112,7 +112,7 @@ def list_entries(
     op: OpFilter = None,
     layer: Annotated[str | None, typer.Option("--layer", help="Only entries of this layer.")] = None,
 ) -> None:
-    """List the entries of all layers, in order of precedence; the shipped ones, which all have, only where asked for."""
+    """List all entries, in order of precedence; the shipped ones, which everybody has, only where asked for."""
     with _one_line_errors():
         store = _open(root)
         names = [known.name for known in store.layers]

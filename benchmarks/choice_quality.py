@@ -126,7 +126,7 @@ def left_out_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
     found = regret_summary(rows, "left_out")
     if found is None:
         return None
-    default = [row.extra["default_regret"] for row in rows if row.extra["what"] == "left_out"]
+    default = [max(0.0, row.extra["default_regret"]) for row in rows if row.extra["what"] == "left_out"]
     return found | {"heuristic_mean": mean(default), "heuristic_worst": max(default)}
 
 

@@ -47,7 +47,8 @@ _GPU = {
 #: Seconds on the machine the CPU's rates are of for a probe to take (see ``_probe``): others are scaled by theirs.
 _PROBE_S = 5e-5
 #: Seconds of one processor per candidate's kernels; of those that are there, for finding them; for compilers to start.
-_COMPILED, _FOUND, _STARTED = 2.8, 0.4, 6.0
+#: With these a warm-up of 46 problems on a slow host would have been promised in about 200 s; it took 268.
+_COMPILED, _FOUND, _STARTED = 4.2, 0.4, 6.0
 #: Seconds until a worker has loaded its libraries; on a GPU also until it has been through a gate once.
 _LOADED = {"cpu": 3.0, "cuda": 16.0}
 #: Seconds of the proof: in all, and per problem.

@@ -3,12 +3,12 @@
     python benchmarks/peers.py run --out FILE [--resume] [--groups decode,short] [--libraries fla_chunk,flashqla]
     python benchmarks/peers.py run --smoke --out FILE        # three tiny cells on the CPU: shows that everything works
 
-First the registry is warmed up (isokern's own backends alone). Then each implementation, in a process of its own,
-passes the tuner's gate on small awkward batches, and runs the cells: judged against the float64 reference, then timed
-in a CUDA graph and from the host, its states cold. A library may use what holds for these calls only (no slot of -1)
-and returns its own tensor, as it does for its users; gates, gathered states and whatever else it needs from outside are
-part of its time. A process that dies or hangs costs one cell. The file is written after every cell; with --resume what
-is in it is not run again.
+First the registry is warmed up (isokern's own backends alone): by graph for all cells, then for calls from the host
+where those have a goal (``--modes``). Then each implementation, in a process of its own, passes the tuner's gate on
+small awkward batches, and runs the cells: judged against the float64 reference, then timed in a CUDA graph and from the
+host, its states cold. A library may use what holds for these calls only (no slot of -1) and returns its own tensor, as
+it does for its users; gates, gathered states and whatever else it needs from outside are part of its time. A process
+that dies or hangs costs one cell. The file is written after every cell; with --resume what is in it is not run again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from peers_cells import CELLS, GATES, GROUPS, SMOKE, Cell
@@ -44,10 +45,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OP = "fused_sigmoid_gating"
 OWN = "isokern"
 #: Seconds without a word before the first cell: a library's import, and a copy of the GPU's memory.
-_START_S = 180.0
+START_S = 180.0
+#: What ``--modes`` may say, and the launch modes that it means.
+_MODES = {"graph": ("graph",), "eager": ("eager",), "both": ("graph", "eager")}
 #: What ends a child without ending the comparison.
 _ENDED = ("crashed", "timeout")
-_CELLS = {cell.case: cell for cell in (*GATES, *CELLS, *SMOKE)}
+CELLS_BY_NAME = {cell.case: cell for cell in (*GATES, *CELLS, *SMOKE)}
 
 app = typer.Typer(add_completion=False)
 
@@ -70,6 +73,8 @@ class Results:
         old = json.loads(self.path.read_text())
         if not isinstance(old, dict) or "peers" not in old.get("meta", {}):
             raise ValueError(f"{self.path} is no result of this comparison")
+        # What counters were read of these cells belongs to the file, whatever is timed again.
+        self.meta |= {name: old["meta"][name] for name in ("counters", "counters_made") if name in old["meta"]}
         for row in old["rows"]:
             self.rows[row["implementation"], row["case"]] = row
         return len(self.rows)
@@ -84,7 +89,7 @@ class Results:
 
     def as_dict(self) -> dict[str, Any]:
         """As in the file: cells in their own order, implementations as they came."""
-        place = {case: i for i, case in enumerate(_CELLS)}
+        place = {case: i for i, case in enumerate(CELLS_BY_NAME)}
         rows = sorted(self.rows.values(), key=lambda row: place.get(row["case"], len(place)))
         return {"meta": self.meta, "rows": rows}
 
@@ -99,15 +104,25 @@ class Results:
 
 
 class Child:
-    """A process that says lines of JSON; its other words are kept for when it dies."""
+    """A process that says lines of JSON; its other words are kept for when it dies.
+
+    Attributes:
+        patience: seconds that it has to end by itself once it has said all.
+        chatter: the last lines on its stdout that are no JSON.
+    """
+
+    patience: ClassVar[float] = 10.0
 
     def __init__(self, words: Sequence[str]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+        self._process = self._started(words)
         self._lines: Queue[str | None] = Queue()
+        self.chatter: deque[str] = deque(maxlen=100)
         threading.Thread(target=self._read, daemon=True).start()
+
+    def _started(self, words: Sequence[str]) -> subprocess.Popen[str]:
+        command = [sys.executable, __file__, *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -131,6 +146,7 @@ class Child:
                 except json.JSONDecodeError:
                     continue
                 return said
+            self.chatter.append(line)
 
     def kill(self) -> None:
         """End it now."""
@@ -140,7 +156,7 @@ class Child:
         """Make sure that it has ended; how, and its last words."""
         if self._process.poll() is None:
             try:
-                self._process.wait(timeout=10)
+                self._process.wait(timeout=self.patience)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -159,9 +175,9 @@ def run_implementation(
         current: Cell | None = None
         status, before = "crashed", len(left)
         try:
-            while (said := child.say(_START_S if current is None else limit)) is not None:
+            while (said := child.say(START_S if current is None else limit)) is not None:
                 if "begin" in said:
-                    current = _CELLS[said["begin"]]
+                    current = CELLS_BY_NAME[said["begin"]]
                 elif "row" in said:
                     assert current is not None
                     left.remove(current)
@@ -256,11 +272,14 @@ def run(
         str, typer.Option(help=f"Policy of isokern's own choice: {' or '.join(ACCURACIES)} (bfloat16 operands, too).")
     ] = DEFAULT,
     warmup: Annotated[float, typer.Option(help="Seconds that the warm-up may take; 0: none.")] = 1800.0,
+    modes: Annotated[str, typer.Option(help=f"Launches that are warmed up for: {', '.join(_MODES)}.")] = "both",
     smoke: Annotated[bool, typer.Option("--smoke", help="Three tiny cells on the CPU.")] = False,
 ) -> None:
     """Compare, and print the table. Exit status: 0 done, 2 no GPU or a wrong command line."""
     if accuracy not in ACCURACIES:
         raise typer.BadParameter(f"{accuracy}: expected any of {', '.join(ACCURACIES)}", param_hint="--accuracy")
+    if modes not in _MODES:
+        raise typer.BadParameter(f"{modes}: expected any of {', '.join(_MODES)}", param_hint="--modes")
     chosen = chosen_cells(groups, smoke, cells)
     machine = None if smoke else machines.find()
     if machine is None and not smoke:
@@ -276,8 +295,8 @@ def run(
     if OWN in who and warmup:
         _warm_up(
             [cell for cell in chosen if cell.group != "gate"],
-            [*options, "--budget", str(warmup)],
-            warmup + _START_S,
+            [*options, "--budget", str(warmup), "--modes", modes],
+            warmup + START_S,
         )
     for name in who:
         done = {case for (other, case), row in results.rows.items() if other == name and _final(row)}
@@ -358,18 +377,23 @@ def child(
     from peers_child import emit, measure_cells
 
     with registry.use(OP, accuracy=accuracy):
-        measure_cells(who, [_CELLS[name] for name in json.loads(cells)], device, first, store, emit)
+        measure_cells(who, [CELLS_BY_NAME[name] for name in json.loads(cells)], device, first, store, emit)
 
 
 @app.command(hidden=True)
 def tune(
-    cells: Names, device: Device, store: Store_, accuracy: Policy, budget: Annotated[float, typer.Option()]
+    cells: Names,
+    device: Device,
+    store: Store_,
+    accuracy: Policy,
+    budget: Annotated[float, typer.Option()],
+    modes: Annotated[str, typer.Option()] = "both",
 ) -> None:
     """Warm the registry up for the cells; see peers_child."""
     from peers_child import emit, warm_up
 
     with registry.use(OP, accuracy=accuracy):
-        warm_up([_CELLS[name] for name in json.loads(cells)], device, store, budget, emit)
+        warm_up([CELLS_BY_NAME[name] for name in json.loads(cells)], device, store, budget, emit, _MODES[modes])
 
 
 if __name__ == "__main__":

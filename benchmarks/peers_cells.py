@@ -1,4 +1,4 @@
-"""The cells of the comparison with other libraries: 56 in four groups, and 14 that are only reported."""
+"""The cells of the comparison with other libraries: 56 in four groups, and 23 that are only reported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.tools.peers_table import SHORT_N
 
 __all__ = ["CELLS", "GATES", "GROUPS", "SETS", "SMOKE", "Cell"]
 
@@ -26,7 +27,11 @@ GROUPS: dict[str, tuple[float, float] | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One call: bfloat16 q, k, v, a, b and dt_bias, L2 norm, GDN gates, states V by K, updated in place."""
+    """One call: bfloat16 q, k, v, a, b and dt_bias, L2 norm, GDN gates, states V by K, updated in place.
+
+    Its name says where it differs: KDA gates, states K by V (``kv``), and ``verify``, which keeps the state after every
+    token in a buffer and leaves the pool as it was.
+    """
 
     group: str
     spec: CaseSpec
@@ -34,6 +39,11 @@ class Cell:
     @property
     def case(self) -> str:
         return self.spec.name
+
+    @property
+    def eager_counts(self) -> bool:
+        """Whether its time launched from the host has a goal."""
+        return self.group in ("short", "mixed") or (self.group == "decode" and self.spec.n <= SHORT_N)
 
 
 #: Gates near -1, as a model's are: a state is neither gone after a token nor kept for ever.
@@ -58,11 +68,22 @@ def _decode(n: int, h: int, hv: int, state: str = "float32", group: str = "decod
 
 
 def _tokens(
-    group: str, kind: str, profile: str, lengths: tuple[int, ...], h: int, hv: int, **changes: int | bool
+    group: str, kind: str, profile: str, lengths: tuple[int, ...], h: int, hv: int, **changes: int | bool | str
 ) -> Cell:
     sizes = "".join(f" {name.upper()}={value}" for name, value in changes.items() if name in ("k", "v"))
     name = f"{kind} {profile} H={h} HV={hv}{sizes}"
     return Cell(group, _BASE.but(name=name, lengths=lengths, h=h, hv=hv, **changes))
+
+
+def _kv(cell: Cell) -> Cell:
+    """The same with states K by V, which most other libraries do not have; reported only."""
+    return Cell("report", cell.spec.but(name=f"{cell.case} kv", state_layout="kv"))
+
+
+def _verify(n: int, length: int, h: int, hv: int) -> Cell:
+    """Drafts judged as serving does: the state after each token is kept, none is updated."""
+    profile, changes = f"{n}x{length}", {"verify": "chain", "update": "disabled"}
+    return _tokens("report", "verify", profile, (length,) * n, h, hv, **changes)
 
 
 def _prompts() -> tuple[Cell, ...]:
@@ -97,6 +118,9 @@ def _all() -> tuple[Cell, ...]:
     cells += [_decode(16, 16, 48, group="report"), _decode(16, 8, 32, group="report")]
     cells += [_decode(16, 30, 30, group="report", k=96, v=192)]
     cells += [_decode(n, 16, 32, group="report") for n in (3, 24, 100)]
+    cells += [_verify(n, 4, *heads) for heads in _HEADS for n in (16, 64)]
+    cells += [_kv(_decode(n, 16, 32)) for n in (16, 64, 256)]
+    cells += [_kv(_decode(64, 16, 32, "bfloat16")), _kv(_tokens("short", "mixed", "16x4", (4,) * 16, 16, 32))]
     return (*cells, *_prompts())
 
 

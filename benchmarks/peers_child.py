@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,22 +29,36 @@ from isokern.errors import IsokernError
 from isokern.registry.backend import Backend, Chunked, Config
 from isokern.registry.conformance.gate import gate
 from isokern.registry.conformance.subject import chunk_of
-from isokern.registry.decision import Rejected
+from isokern.registry.decision import Decision, Rejected, Verdict
 from isokern.registry.ops.fused_sigmoid_gating.call import Call
 from isokern.registry.ops.fused_sigmoid_gating.concrete import adversarial_twin
 from isokern.registry.ops.fused_sigmoid_gating.describe import describe
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
+from isokern.registry.ops.fused_sigmoid_gating.problem import Problem
 from isokern.registry.ops.fused_sigmoid_gating.timing import bytes_moved, rotated_calls, with_room
 from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 from isokern.registry.plugins import checked
 from isokern.tools.gpu_test.report import timing_row
 from isokern.tools.gpu_test.timing import Replay, copy_bandwidth, eager_us, launches_for, race
 
-__all__ = ["OWN", "measure_cells", "warm_up"]
+__all__ = [
+    "MODES",
+    "OP",
+    "OWN",
+    "Bench",
+    "bound_for",
+    "measure_cells",
+    "only_own",
+    "own_decision",
+    "verdict_on",
+    "warm_up",
+]
 
 OP = "fused_sigmoid_gating"
 #: The registry's own choice.
 OWN = "isokern"
+#: Launch modes, in the order they are tuned.
+MODES = ("graph", "eager")
 #: Rounds of every config, of the best few, and of what takes longer than a display needs.
 _GLANCE, _ROUNDS, _SLOW_ROUNDS = 3, 15, 5
 _BEST = 3
@@ -51,6 +66,9 @@ _BEST = 3
 _GATED = 2
 #: Microseconds of a call beyond which fewer calls and rounds are as good.
 _SLOW = 2000.0
+
+#: Bytes that are more than any cache holds.
+_NO_CACHE = 256 << 20
 
 Launch = Callable[[Any], torch.Tensor]
 
@@ -66,14 +84,18 @@ class Candidate:
 
 
 class Bench:
-    """One cell's calls and their truth."""
+    """One cell's calls and their truth.
 
-    def __init__(self, cell: Cell, device: str) -> None:
+    Args:
+        sets: of slots that the calls take turns with.
+    """
+
+    def __init__(self, cell: Cell, device: str, sets: int = SETS) -> None:
         self.cell = cell
         self.device = device
-        spec = with_room(cell.spec, SETS)
+        spec = with_room(cell.spec, sets)
         self.kwargs = make_inputs(spec, device=device).kwargs
-        self.calls = rotated_calls(canonical_call(**self.kwargs), SETS)
+        self.calls = _with_own_steps(rotated_calls(canonical_call(**self.kwargs), sets))
         self.truth = Truth(self.calls[0])
         self.bytes = bytes_moved(self.calls[0])
 
@@ -88,7 +110,11 @@ class Bench:
 
     def as_arguments(self) -> list[dict[str, Any]]:
         """The public op's arguments of each call."""
-        return [self.kwargs | {"initial_state_indices": call.read_slots} for call in self.calls]
+        steps = [{} if c.intermediates is None else {"intermediate_states_buffer": c.intermediates} for c in self.calls]
+        return [
+            self.kwargs | {"initial_state_indices": call.read_slots} | more
+            for call, more in zip(self.calls, steps, strict=True)
+        ]
 
     # ---- timing
 
@@ -124,6 +150,22 @@ class Bench:
         return statistics.median(taken)
 
 
+def _with_own_steps(calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Calls that keep intermediate states, with buffers by turns that no cache holds together; others as they are."""
+    buffer = calls[0].intermediates
+    if buffer is None:
+        return tuple(calls)
+    turns = min(len(calls), -(-_NO_CACHE // max(1, buffer.numel() * buffer.element_size())))
+    buffers = [buffer, *(torch.empty_like(buffer) for _ in range(turns - 1))]
+    made = []
+    for i, call in enumerate(calls):
+        other = call.replace(intermediates=buffers[i % turns])
+        if call.lengths_on_host:
+            other.__dict__["offsets"] = call.offsets
+        made.append(other)
+    return tuple(made)
+
+
 def measure_cells(
     who: str, cells: Sequence[Cell], device: str, first: int | None, store: Path | None, say: Callable[[Any], None]
 ) -> None:
@@ -131,7 +173,7 @@ def measure_cells(
     if store is not None:
         registry.use_store(Store([Layer("explicit", store, writable=True)]))
     if who == OWN:
-        _only_own()
+        only_own()
     for cell in cells:
         say({"begin": cell.case})
         began = time.monotonic()
@@ -162,7 +204,7 @@ def _device_is_lost(device: str) -> bool:
     return False
 
 
-def _only_own() -> None:
+def only_own() -> None:
     """The registry without other libraries: isokern's choice is among its own kernels."""
     for name, backend in tuple(registry.backends(OP).items()):
         if isinstance(backend, Adapter):
@@ -175,9 +217,7 @@ def _blank(cell: Cell, who: str, status: str, fault: str) -> dict[str, Any]:
 
 def _measure(who: str, cell: Cell, device: str, first: int | None) -> dict[str, Any]:
     if who != OWN:
-        backend = registry.backends(OP)[who]
-        arch = arch_of(registry.default.environment(device))
-        verdict = checked(backend, describe(cell.spec, torch.device(device).type, arch, _bound_for(backend, device)))
+        verdict = verdict_on(registry.backends(OP)[who], cell, device)
         if isinstance(verdict, Rejected):
             return _blank(cell, who, "declined", f"[{verdict.code}] {verdict.reason}")
     with torch.no_grad():
@@ -201,8 +241,17 @@ def _gated(who: str, cell: Cell, device: str) -> dict[str, Any]:
     return timing_row(cell.case, who, backend=who, status=status, faults=faults, bound_ratio=ratios)
 
 
-def _bound_for(backend: Backend, device: str) -> Any:
-    """Libraries decline a capture because of their first call; here it is made before one."""
+def verdict_on(backend: Backend, cell: Cell, device: str) -> Verdict:
+    """What ``backend`` says to the cell's problem, before any tensor is made."""
+    arch = arch_of(registry.default.environment(device))
+    return checked(backend, describe(cell.spec, torch.device(device).type, arch, bound_for(backend, device)))
+
+
+def bound_for(backend: Backend, device: str) -> Any:
+    """The launch mode to bind ``backend`` for.
+
+    Libraries decline a capture because of their first call; here it is made before one.
+    """
     return "eager" if isinstance(backend, Adapter) else _mode(device)
 
 
@@ -210,17 +259,23 @@ def _mode(device: str) -> Any:
     return "eager" if device == "cpu" else "graph"
 
 
+def own_decision(call: Call, device: str) -> tuple[Problem, Decision]:
+    """The problem of ``call`` under the policy in force, and what the registry chose for it in graphs (CPU: eager)."""
+    dispatcher = registry.get(OP).dispatcher
+    problem = dispatcher.under_policy(call.problem(_mode(device)))
+    return problem, dispatcher.decide(problem)
+
+
 def _own_choice(bench: Bench) -> dict[str, Any]:
     op = registry.get(OP)
     arguments = bench.as_arguments()
     op.prepare(**arguments[0])
-    problem = op.dispatcher.under_policy(bench.calls[0].problem(_mode(bench.device)))
-    decisions = {mode: op.dispatcher.decide(problem.with_mode(mode)) for mode in {_mode(bench.device), "eager"}}
+    problem, decision = own_decision(bench.calls[0], bench.device)
+    decisions = {_mode(bench.device): decision, "eager": op.dispatcher.decide(problem.with_mode("eager"))}
     judged = decisions["eager"]  # what is judged is a call from the host
     chunk = chunk_of(registry.backends(OP)[judged.backend], Config.from_dict(judged.config))
     chosen = Candidate("", lambda given: op(**given), arguments, chunk)
     row, _ = _timed(bench, OWN, {"": chosen})
-    decision = decisions[_mode(bench.device)]
     row |= {"backend": decision.backend, "config": Config.from_dict(decision.config).label}
     row["extra"]["rules"] = {mode: f"{d.rule.value}: {d.backend}" for mode, d in decisions.items()}
     row["extra"]["accuracy"] = problem.accuracy
@@ -228,7 +283,7 @@ def _own_choice(bench: Bench) -> dict[str, Any]:
 
 
 def _configs_of(backend: Backend, bench: Bench, first: int | None) -> dict[str, Any]:
-    problem = bench.calls[0].problem(_bound_for(backend, bench.device))
+    problem = bench.calls[0].problem(bound_for(backend, bench.device))
     configs = list(backend.configs(problem))[:first]
     # A library's own tensor is what its users get; isokern's kernels write where they are told.
     calls: Sequence[Call] = bench.with_out()
@@ -301,17 +356,24 @@ def _timed(bench: Bench, who: str, candidates: dict[str, Candidate]) -> tuple[di
     return row, judged
 
 
-def warm_up(cells: Sequence[Cell], device: str, store: Path, budget: float | None, say: Callable[[Any], None]) -> None:
+def warm_up(
+    cells: Sequence[Cell],
+    device: str,
+    store: Path,
+    budget: float | None,
+    say: Callable[[Any], None],
+    modes: Sequence[str] = MODES,
+) -> None:
     """Tune the cells' problems, without other libraries, into ``store``; what is known there is not tuned again.
 
-    Under the policy in force, as the calls will be.
+    Under the policy in force, as the calls will be. ``modes``: launch modes to tune for.
     """
-    _only_own()
+    only_own()
     kept = Store([Layer("explicit", store, writable=True)])
     registry.use_store(kept)
     own = registry.default
     environment = own.environment(device)
-    planned = list(_planned(cells, device, environment, kept))
+    planned = list(_planned(cells, device, environment, kept, modes))
     plan = WarmupPlan(
         "peers", 1, device, environment.threads or 1, tuple(planned), environment, own, kept,
         default_settings(device), "none",
@@ -324,12 +386,17 @@ def warm_up(cells: Sequence[Cell], device: str, store: Path, budget: float | Non
     say({"note": f"warm-up: {len(report.problems)} problems, {len(report.skipped)} left, {report.seconds:.0f} s"})
 
 
-def _planned(cells: Sequence[Cell], device: str, environment: Any, store: Store) -> Iterator[PlannedProblem]:
-    modes = ("eager",) if device == "cpu" else ("graph", "eager")
+def _planned(
+    cells: Sequence[Cell], device: str, environment: Any, store: Store, modes: Sequence[str] = MODES
+) -> Iterator[PlannedProblem]:
+    """By graph, all cells; then from the host, those whose time so has a goal, and on a CPU all."""
     under = registry.default.dispatcher(OP).policy()
     seen = set()
-    for mode in modes:
+    on_cpu = device == "cpu"
+    for mode in (mode for mode in MODES if mode in modes and not (on_cpu and mode == "graph")):
         for cell in cells:
+            if mode == "eager" and not on_cpu and not cell.eager_counts:
+                continue
             recipe = ProblemRecipe(OP, cell.spec, adversarial_twin(cell.spec, 1), HOOKS, 0, device, mode, under)
             problem = describe(cell.spec, torch.device(device).type, arch_of(environment), mode, under)
             task = Task(recipe, problem)
@@ -345,5 +412,6 @@ def _planned(cells: Sequence[Cell], device: str, environment: Any, store: Store)
 
 
 def emit(line: Any) -> None:
-    """One line of JSON on stdout, at once."""
-    print(json.dumps(line), flush=True)
+    """One line of JSON on stdout, at once and in one piece: a profiler may be writing there as well."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -48,8 +49,12 @@ class Truth:
         self._slots = call.read_slots[torch.tensor(chosen, device=device)].long()
         self._all_slots = call.read_slots.long()
         self._start = call.pool[self._all_slots].clone()
-        kept = torch.where(torch.tensor(whole), torch.arange(len(chosen)), -1)
-        self._sample = self._sampled(call, lengths).replace(write_slots=kept.to(torch.int32))
+        self._chosen = torch.tensor(chosen, device=device)
+        sample = self._sampled(call, lengths)
+        if call.write_slots is not None:
+            kept = torch.where(torch.tensor(whole), torch.arange(len(chosen)), -1)
+            sample = sample.replace(write_slots=kept.to(torch.int32))
+        self._sample = sample
         self._references: dict[int | Chunked | None, Reference] = {}
 
     def _take(self, tensor: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -59,6 +64,15 @@ class Truth:
         """A CPU call of the sample alone; every value head has a key head of its own."""
         heads, keys = self._heads, self._heads // (call.hv // call.h)
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        slots = torch.arange(len(lengths), dtype=torch.int32)
+        verify: dict[str, torch.Tensor | None] = {}
+        if call.intermediates is not None:
+            parents = None if call.parents is None else call.parents[self._chosen].cpu()
+            verify = {
+                "intermediate_states_buffer": self._steps(),
+                "intermediate_state_indices": slots,
+                "retrieve_parent_token": parents,
+            }
         return canonical_call(
             call.A_log[heads].cpu(),
             self._take(call.a, heads),
@@ -70,22 +84,34 @@ class Truth:
             self._take(call.v, heads),
             self._take(call.b, heads),
             self._states(),
-            torch.arange(len(lengths), dtype=torch.int32),
+            slots,
             scale=call.scale,
             use_qk_l2norm_in_kernel=call.use_qk_l2norm,
             cu_seqlens=offsets,
             state_layout=call.state_layout,
-            output_state_indices=torch.arange(len(lengths), dtype=torch.int32),
+            output_state_indices=None if call.write_slots is None else slots,
+            disable_state_update=call.write_slots is None,
+            **verify,
         )
 
     def _states(self) -> torch.Tensor:
         assert self._call.pool is not None
         return self._call.pool[self._slots][:, self._heads].cpu()
 
+    def _steps(self) -> torch.Tensor | None:
+        """The sample's intermediate states ``[sequences, steps, heads, ...]``; None unless the call keeps them."""
+        if self._call.intermediates is None:
+            return None
+        assert self._call.intermediate_rows is not None
+        rows = self._call.intermediate_rows[self._chosen].long()
+        return self._call.intermediates[rows][:, :, self._heads].cpu()
+
     def restore(self) -> None:
-        """The call's states as they were."""
+        """The call's states as they were; what it is to write after each token is NaN."""
         assert self._call.pool is not None
         self._call.pool[self._all_slots] = self._start
+        if self._call.intermediates is not None:
+            self._call.intermediates.fill_(float("nan"))
 
     def judge(self, out: torch.Tensor, chunk: int | Chunked | None = None) -> Judgement:
         """Of what a run on the restored call left, by the bound of chunked forms if ``chunk`` says so."""
@@ -93,5 +119,12 @@ class Truth:
             self._references[chunk] = reference(self._sample, chunk=chunk)
         if out.is_cuda:
             torch.cuda.synchronize()
-        after = self._sample.replace(pool=self._states(), write_slots=self._sample.write_slots)
-        return judge(after, self._take(out, self._heads), self._references[chunk])
+        after = self._sample.replace(
+            pool=self._states(), write_slots=self._sample.write_slots, intermediates=self._steps()
+        )
+        verdict = judge(after, self._take(out, self._heads), self._references[chunk])
+        assert self._sample.pool is not None
+        assert after.pool is not None
+        if self._sample.write_slots is None and not torch.equal(after.pool, self._sample.pool):
+            verdict = replace(verdict, faults=(*verdict.faults, "a state that was not to be updated has changed"))
+        return verdict

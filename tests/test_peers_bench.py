@@ -43,9 +43,9 @@ def row(case, who, graph=None, eager=None, group="decode", **extra):
 
 def test_the_groups_are_those_of_the_goals():
     sizes = {group: sum(cell.group == group for cell in cells.CELLS) for group in cells.GROUPS}
-    assert sizes == {"decode": 14, "short": 26, "mixed": 4, "prefill": 12, "report": 6, "prompts": 8, "gate": 0}
+    assert sizes == {"decode": 14, "short": 26, "mixed": 4, "prefill": 12, "report": 15, "prompts": 8, "gate": 0}
     names = [cell.case for cell in cells.CELLS]
-    assert len(set(names)) == 70
+    assert len(set(names)) == 79
     for name in (
         "decode N=1 H=16 HV=32 float32",
         "decode N=256 H=16 HV=32 bfloat16",
@@ -53,10 +53,29 @@ def test_the_groups_are_those_of_the_goals():
         "prefill short 4x64 H=16 HV=32",
         "prefill skew 8192 H=4 HV=8",
         "prefill 1x32768 H=16 HV=32",
+        "verify 64x4 H=4 HV=8",
+        "decode N=64 H=16 HV=32 bfloat16 kv",
+        "mixed 16x4 H=16 HV=32 kv",
     ):
         assert name in names
     skew = next(cell for cell in cells.CELLS if cell.case == "prefill skew 8192 H=16 HV=32")
     assert (skew.spec.n, skew.spec.tokens, max(skew.spec.lengths)) == (32, 8192, 6208)
+
+
+def test_verification_keeps_the_state_after_each_token_and_kv_twins_differ_in_nothing_else():
+    named = {cell.case: cell.spec for cell in cells.CELLS}
+    verify = named["verify 16x4 H=16 HV=32"]
+    assert (verify.verify, verify.update, verify.state_layout) == ("chain", "disabled", "vk")
+    for name, spec in named.items():
+        if name.endswith(" kv"):
+            assert spec == named[name.removesuffix(" kv")].but(name=name, state_layout="kv")
+
+
+def test_eager_times_count_where_the_host_matters():
+    counting = [cell for cell in cells.CELLS if cell.eager_counts]
+    assert {cell.group for cell in counting} == {"decode", "short", "mixed"}
+    assert max(cell.spec.n for cell in counting if cell.group == "decode") == 16
+    assert len(counting) == 8 + 26 + 4
 
 
 def test_groups_and_implementations_are_chosen_by_name():
@@ -98,6 +117,33 @@ def test_a_run_is_judged_on_its_first_tokens_and_whole_states():
     assert torch.equal(call.pool[call.read_slots.long()], made.truth._start)
 
 
+VERIFY = cells.Cell("report", cells.SMOKE[1].spec.but(name="verify 2x4 smoke", verify="chain", update="disabled"))
+
+
+def test_intermediate_states_are_judged_and_counted():
+    made = child.Bench(VERIFY, "cpu", 3)
+    first, second, _ = made.calls
+    assert first.intermediates.data_ptr() != second.intermediates.data_ptr()  # as cold as the states
+    assert made.as_arguments()[1]["intermediate_states_buffer"] is second.intermediates
+    h, hv, k, v = 1, 2, 16, 8
+    tokens = 8 * 2 * (2 * h * k + 2 * hv * v + 2 * hv)
+    assert made.bytes == tokens + 2 * hv * k * v * 4 * (1 + 4)  # each state is read once, and written after each token
+    right = registry.backends("fused_sigmoid_gating")["torch_vectorized"]
+    problem = first.problem("eager")
+    run = right.bind(problem, right.configs(problem)[0])
+    call = made.with_out()[0]
+    out = run(call)
+    assert made.truth.judge(out).ok
+    call.intermediates[call.intermediate_rows[1].long(), 2] += 1.0
+    assert "intermediate state" in made.truth.judge(out).faults[0]
+    made.truth.restore()
+    assert not made.truth.judge(out).ok  # what an earlier run wrote is no later one's
+    out = run(call)
+    call.pool[call.read_slots[0].long()] += 1.0
+    assert made.truth.judge(out).faults == ("a state that was not to be updated has changed",)
+    assert child._own_choice(made)["extra"]["status"] == "timed"
+
+
 def test_what_is_wrong_is_not_timed():
     made = child.Bench(cells.SMOKE[1], "cpu")
 
@@ -121,6 +167,20 @@ def test_the_registry_s_choice_and_its_warm_up_are_under_the_policy_in_force(tmp
         assert (found["extra"]["status"], found["extra"]["accuracy"]) == ("timed", policy)
     with pytest.raises(bench.typer.BadParameter, match="half"):
         bench.run(tmp_path / "x.json", accuracy="half")
+    with pytest.raises(bench.typer.BadParameter, match="cold"):
+        bench.run(tmp_path / "x.json", modes="cold")
+
+
+@pytest.mark.parametrize(("modes", "expected"), [(("graph", "eager"), "gge"), (("graph",), "gg"), (("eager",), "e")])
+def test_problems_are_planned_by_graph_first_and_eagerly_where_that_counts(monkeypatch, modes, expected):
+    monkeypatch.setattr(child, "admit", lambda *_: SimpleNamespace(candidates=(), declined=()))  # there is no GPU
+    monkeypatch.setattr(child, "known", lambda *_: None)
+    environment, store = registry.default.environment("cpu"), registry.default.store
+    few = [cell for cell in cells.CELLS if cell.case in ("decode N=256 H=4 HV=8 float32", "mixed 1x16 H=4 HV=8")]
+    planned = list(child._planned(few, "cuda", environment, store, modes))
+    assert "".join(problem.task.recipe.mode[0] for problem in planned) == expected
+    assert planned[-1].cases == ("mixed 1x16 H=4 HV=8",)
+    assert [p.task.recipe.mode for p in child._planned(few, "cpu", environment, store)] == ["eager"] * 2
 
 
 def test_the_registry_s_choice_is_held_to_the_bound_of_who_runs(monkeypatch):
@@ -258,6 +318,15 @@ def test_a_file_of_another_kind_is_not_resumed(tmp_path):
     file.write_text(json.dumps({"meta": {}, "rows": []}))
     with pytest.raises(ValueError, match="no result of this comparison"):
         bench.Results(file, {}).resume()
+
+
+def test_resuming_keeps_the_counters_of_a_file(tmp_path):
+    file = tmp_path / "x.json"
+    counted = {"counters": [{"case": "x"}], "counters_made": [{"gpu": "H100"}]}
+    file.write_text(json.dumps(RESULT | {"meta": RESULT["meta"] | counted}))
+    results = bench.Results(file, {"peers": []})
+    results.resume()
+    assert results.meta == {"peers": [], **counted}
 
 
 def test_a_whole_run_and_its_resumption(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from isokern.tools.results import RESULTS, newest
 
-__all__ = ["Line", "lines_of", "peers", "peers_summary", "render"]
+__all__ = ["SHORT_N", "Line", "lines_of", "newest_comparison", "peers", "peers_summary", "render", "table_of"]
 
 #: The registry's own choice, and isokern's own backends; every other implementation is a peer.
 CHOICE = "isokern"
@@ -23,8 +23,8 @@ _GROUPS = {
     "prompts": "other prompts",
 }
 _NONE = "Not measured yet.\n"
-#: Host time matters most where the device's is short.
-_SHORT_N = 16
+#: Host time matters most where the device's is short: up to so many sequences of one token.
+SHORT_N = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def render(result: dict[str, Any]) -> str:
         cells = [_cell(line, name) for name in (*own, *peers)]
         best = line.best_peer()
         table.append([line.case, _number(line.floor), *cells, best or "", _number(line.ratio(), 2)])
-    return _markdown(table) + "\n" + _summary(lines) + _gates(result["rows"])
+    return table_of(table) + "\n" + _summary(lines) + _gates(result["rows"])
 
 
 def _gates(rows: Sequence[dict[str, Any]]) -> str:
@@ -93,7 +93,7 @@ def _gates(rows: Sequence[dict[str, Any]]) -> str:
     names = dict.fromkeys(row["implementation"] for row in gated)
     table = [["conformance", *(case.removeprefix("gate ") for case in cases)]]
     table += [[f"`{name}`", *(status.get((name, case), "") for case in cases)] for name in names]
-    return "\n" + _markdown(table)
+    return "\n" + table_of(table)
 
 
 def _timed(line: Line, name: str) -> bool:
@@ -113,10 +113,10 @@ def _summary(lines: Sequence[Line]) -> str:
     for group, title in _GROUPS.items():
         of_group = [line for line in lines if line.group == group]
         table += _means(f"{title}, CUDA graph", of_group, "graph_us")
-    host = [x for x in lines if x.group == "short" or (x.group == "decode" and _batch(x.case) <= _SHORT_N)]
-    table += _means(f"decode N <= {_SHORT_N} and short, eager", host, "eager_us")
+    host = [x for x in lines if x.group == "short" or (x.group == "decode" and _batch(x.case) <= SHORT_N)]
+    table += _means(f"decode N <= {SHORT_N} and short, eager", host, "eager_us")
     if len(table) > 1:
-        return _markdown(table)
+        return table_of(table)
     chosen = any(CHOICE in line.rows for line in lines)
     return "No cell has both isokern's and a peer's time yet.\n" if chosen or not lines else ""
 
@@ -138,7 +138,8 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _markdown(table: list[list[str]]) -> str:
+def table_of(table: list[list[str]]) -> str:
+    """Markdown; the first row is the header."""
     rows = [table[0], ["---"] * len(table[0]), *table[1:]]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -149,7 +150,7 @@ def peers(results: Path = RESULTS, groups: Sequence[str] | None = None) -> str:
     Args:
         groups: of cells, as in ``benchmarks/peers_cells.py``; None: all.
     """
-    result = _newest(results)
+    result = newest_comparison(results)
     if result is None:
         return _NONE
     if groups is not None:
@@ -160,11 +161,12 @@ def peers(results: Path = RESULTS, groups: Sequence[str] | None = None) -> str:
 
 def peers_summary(results: Path = RESULTS) -> str:
     """Of the same file: each group's geometric mean and its worst cell."""
-    result = _newest(results)
+    result = newest_comparison(results)
     return _NONE if result is None else _summary(lines_of(result)) + f"\nMeasured {_where(result['meta'])}.\n"
 
 
-def _newest(results: Path) -> dict[str, Any] | None:
+def newest_comparison(results: Path = RESULTS) -> dict[str, Any] | None:
+    """The newest results file of benchmarks/peers.py whose cells have a group; None where there is none."""
     try:
         return newest("peers", lambda row: "group" in row["extra"], results)[0]
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from isokern.registry.ops.fused_sigmoid_gating.problem import Problem
+from isokern.tools.counters_table import counters
 from isokern.tools.external_table import external
 from isokern.tools.gpu_tables import recurrent
 from isokern.tools.host_tables import host_cost
@@ -136,6 +137,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers_decode": partial(peers, groups=("decode", "short", "mixed", "report")),
     "peers_prefill": partial(peers, groups=("prefill", "gate")),
     "peers_prompts": partial(peers, groups=("prompts",)),
+    "peers_counters_decode": partial(counters, groups=("decode", "short", "mixed", "report")),
+    "peers_counters_prefill": partial(counters, groups=("prefill", "prompts")),
 }
 
 

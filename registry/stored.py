@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Untuned", "shipped_entries"]
 
+#: How many times as long as a choice that has changed since another may have taken and still stand in for it: what was
+#: changed rarely became slower by more.
+_STANDS_IN = 1.1
+
 
 class _Offers:
     """What is offered here for one problem. Every predicate is asked once."""
@@ -109,7 +113,11 @@ class Untuned:
     # ---- exactly this key
 
     def _exact(self, table: Table, rule: Rule) -> Suggestion | None:
-        """The choice of a table, or where that cannot be, the next best of its entry that can."""
+        """The choice of a table, or where that cannot be, the next best of its entry that can.
+
+        Nothing where the choice's backend could run but has changed, unless the next best took hardly longer: how fast
+        that backend is now nobody knows, but leaving it for one that took several times as long would be no choice.
+        """
         stored = _entry_in(self._registry, table, self._spec, self._key)
         if stored is None:
             return None
@@ -121,6 +129,9 @@ class Untuned:
             self._notes.append(f"{name}: its choice {entry.label} does not apply: {self._missing(entry, why_not)}")
         if record is None:
             self._notes.append(f"{name}: nor does any other candidate that was timed there")
+            return None
+        if not chosen and not why_not(entry.chosen) and not _stands_in(record, entry):
+            self._notes.append(f"{name}: {record.label} does not stand in for it, {_beside(record, entry)}")
             return None
         measured = next(c.fingerprint for c in stored.candidates if c.label == record.label)
         self._notes.append(self._origin(table, measured == self._prints[record.backend]))
@@ -190,6 +201,11 @@ def _beside(record: CandidateRecord, entry: Entry) -> str:
     best = entry.chosen.median_us
     took = "" if not best or record.median_us is None else f", which took {record.median_us / best:.2f} times as long"
     return f"the next best that runs here{took}{how}"
+
+
+def _stands_in(record: CandidateRecord, entry: Entry) -> bool:
+    best = entry.chosen.median_us
+    return not best or record.median_us is None or record.median_us <= _STANDS_IN * best
 
 
 def _entry_in(registry: Registry, table: Table, spec: OpSpec, key: Mapping[str, Any]) -> Entry | None:

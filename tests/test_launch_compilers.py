@@ -385,3 +385,35 @@ def test_numba_kernels_are_kept_on_disk(monkeypatch):
     other_heads = replace(problem_of(DECODE), h=1, hv=2)
     NumbaCompiler.of(other_heads, NumbaCuda().configs(problem_of(DECODE))[0]).image(Variant(None, wide=True))
     assert len(made) == 3, "the same ratio, the same kernel"
+
+
+# ---- kernels that start before the one before them ends
+
+
+def overlap_images(arch):
+    """Whether each kernel's launch asks for it, of the chain of ``cupy_cut``."""
+    from isokern.backends.cupy_chunked.backend import CupyCut
+    from isokern.backends.cupy_chunked.launcher import compilers
+
+    problem = replace(problem_of(PROMPTS.but(lengths=(1500,))), arch=arch)
+    of_chain = compilers(problem, CupyCut().configs(problem)[0], CupyCut.pieces)
+    assert [compiler.kernel for compiler in of_chain] == ["prepare", "local", "join", "scan"]
+    return [compiler.image(Variant(None, True)).overlaps for compiler in of_chain]
+
+
+def test_only_the_first_of_a_chain_waits_for_what_came_before_it():
+    """What the others do before they wait is in order because all before the chain has ended when its second begins."""
+    assert overlap_images(90) == [False, True, True, True]
+
+
+def test_chips_without_the_instructions_are_not_asked():
+    assert overlap_images(80) == [False] * 4
+
+
+@pytest.mark.parametrize(("version", "allowed"), [(12020, False), (12030, True), (13000, True)])
+def test_drivers_that_cannot_capture_such_launches_are_not_asked(monkeypatch, version, allowed):
+    from isokern.backends.cupy_chunked import overlap
+
+    monkeypatch.setattr(overlap, "_driver", lambda: version)
+    assert overlap.can_overlap(90) is allowed
+    assert overlap_images(90) == [False, allowed, allowed, allowed]

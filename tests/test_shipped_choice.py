@@ -227,16 +227,44 @@ class TestNextBest:
             slow(registry, "plain", 11.0, tile=2, samples=False),
         )
 
-    def test_where_the_choice_has_changed_the_best_of_the_others_runs(self, registry):
-        ship(registry, DECODE, *self.rows(registry))
+    def test_where_the_choice_has_changed_what_took_hardly_longer_runs(self, registry):
+        ship(
+            registry,
+            DECODE,
+            row(registry, "quick", 10.0),
+            slow(registry, "plain", 15.0),
+            slow(registry, "steady", 11.0),
+        )
         edit(registry, Quick)
         found = decide(registry)
         assert choice(found) == (Rule.TUNED_SHIPPED, "steady", 1)
-        assert found.detail == "shipped table of H100: the next best that runs here, which took 1.20 times as long"
+        assert found.detail == "shipped table of H100: the next best that runs here, which took 1.10 times as long"
         why = (
             "shipped table of H100: its choice quick[tile=1] does not apply: 'quick' has changed since it was measured"
         )
         assert why in found.notes
+
+    def test_but_not_what_took_longer_for_the_changed_one_is_hardly_slower_now(self, registry):
+        ship(registry, DECODE, row(registry, "plain", 10.0), slow(registry, "steady", 12.0))
+        edit(registry, Plain)
+        found = decide(registry)
+        assert choice(found) == (Rule.HEURISTIC, "plain", 1)
+        note = (
+            "shipped table of H100: steady[tile=1] does not stand in for it, the next best that runs here, which took "
+            "1.20 times as long"
+        )
+        assert note in found.notes
+
+    def test_nor_does_the_heuristic_choice_where_the_table_knows_better(self, registry):
+        ship(registry, DECODE, *self.rows(registry))
+        edit(registry, Quick)
+        assert choice(decide(registry)) == (Rule.NEIGHBOUR, "steady", 1)
+
+    def test_where_the_changed_one_declines_whatever_took_least_does(self, registry):
+        ship(registry, DECODE, *self.rows(registry))
+        gone = {"source": "edited", "check": lambda self, problem: Rejected(RejectCode.ARCH, "too new a device")}
+        registry.register_backend(type("Quick", (Quick,), gone)(), replace=True)
+        assert choice(decide(registry)) == (Rule.TUNED_SHIPPED, "steady", 1)
 
     def test_a_changed_loser_changes_nothing(self, registry):
         ship(registry, DECODE, *self.rows(registry))
@@ -456,7 +484,7 @@ class TestShown:
         assert "does not count" not in text
 
     def test_explain_says_what_in_the_table_no_longer_counts(self, registry):
-        ship(registry, DECODE, row(registry, "quick", 10.0), slow(registry, "steady", 12.0))
+        ship(registry, DECODE, row(registry, "quick", 10.0), slow(registry, "steady", 10.5))
         edit(registry, Quick)
         assert "does not count: 'quick' has changed since" in shown(registry)
 

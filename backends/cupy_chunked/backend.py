@@ -103,7 +103,7 @@ class CupyChunked(Backend):
 
     def sources(self) -> Sequence[Path]:
         here, shared = Path(__file__).parent, Path(__file__).parents[1] / "cupy"
-        names = ("arguments.py", "backend.py", "compiling.py", "launcher.py", "specialization.py")
+        names = ("arguments.py", "backend.py", "compiling.py", "launcher.py", "overlap.py", "specialization.py")
         kernels = (
             *sorted((here / "kernels").iterdir()),
             *(shared / "kernels" / name for name in ("numbers.cuh", "gates.cuh")),

@@ -14,9 +14,10 @@ from ..launch.compiler import Layout, Variant
 from ..launch.cubins import cached, discard, file_of
 from ..launch.image import Image
 from .arguments import RECORDS_AT, VECTORS, aligned, slots, template
+from .overlap import can_overlap
 from .specialization import Specialization
 
-__all__ = ["FOLDER", "ChunkedCompiler", "entry", "grid", "source", "sources", "target"]
+__all__ = ["FOLDER", "ChunkedCompiler", "entry", "grid", "overlaps", "source", "sources", "target"]
 
 FOLDER = Path(__file__).parent / "kernels"
 #: Blocks along the grid's y axis; beyond, they go on along z.
@@ -40,13 +41,21 @@ def entry(kernel: str) -> str:
 
 
 def grid(kernel: str, specialization: Specialization, call: Call) -> tuple[int, int, int]:
-    """Blocks: of the first kernel per query/key head and chunk, else per tile, value head and sequence or segment."""
+    """Blocks: of the first kernel per chunk and ``heads``, else per tile, value head and sequence or segment."""
     if kernel == "prepare":
-        x, rest = call.h, slots(call)
+        x, rest = call.hv // specialization.heads, slots(call)
     else:
         cut = specialization.cut if kernel in ("local", "scan") else 0
         x, rest = specialization.tiles(kernel) * call.hv, slots(call, cut) if cut else call.n
     return x, min(rest, _GRID_Y), -(-rest // _GRID_Y)
+
+
+def overlaps(kernel: str, arch: int) -> bool:
+    """Whether it may start before the kernel before it in the chain ends; it then waits for what that one leaves it.
+
+    The first does not, so whatever came before the chain has ended when the second begins.
+    """
+    return kernel != "prepare" and can_overlap(arch)
 
 
 def target(kernel: str, specialization: Specialization, arch: int) -> str:
@@ -80,7 +89,8 @@ class ChunkedCompiler:
             *NVRTC_OPTIONS,
             *special.options(self.kernel, variant.wide),
         )
-        path = file_of("cupy_chunked", (source(self.kernel), str(options), nvrtc_version()))
+        overlapping = overlaps(self.kernel, self.arch)
+        path = file_of("cupy_chunked", (source(self.kernel), str(options), nvrtc_version(), str(overlapping)))
         if fresh:
             discard(path)
         return cached(
@@ -89,6 +99,7 @@ class ChunkedCompiler:
                 cubin(source(self.kernel), f"{entry(self.kernel)}.cu", options),
                 entry(self.kernel),
                 *special.block(self.kernel),
+                overlaps=overlapping,
             ),
         )
 

@@ -3,9 +3,10 @@
 ``warps`` (2, 4, 8) of the scan's blocks have 16 columns of V each: fewer make more blocks, which fill a chip that has
 few heads and sequences to work on; more share what a block brings to shared memory. ``stages`` (2 to 4) chunks are
 there or on their way at a time, as many as fit or one less; 1 where no more fit. ``group``: four warps multiply
-together (``wgmma``, Hopper alone) instead of each for itself. ``chunk`` is no choice: it is what the error bound is
-computed from. No config changes a bit of the result, but for ``cut``: tokens of the segments that the backends which
-cut sequences work on side by side.
+together (``wgmma``, Hopper alone) instead of each for itself. ``heads``: value heads of a block of the first kernel,
+all that share a query/key head, which then multiply keys once, or 1, which makes more and shorter blocks. ``chunk`` is
+no choice: it is what the error bound is computed from. No config changes a bit of the result, but for ``cut``: tokens
+of the segments that the backends which cut sequences work on side by side.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _LEAST_SHARED = 99 << 10
 _GROUPED = (90,)
 #: Streaming multiprocessors of the chips aimed at, near enough.
 _SMS, _NEARLY_ALL = 132, 120
+#: Blocks of the first kernel that a multiprocessor has at once before they are in one another's way.
+_AT_ONCE = 3
 #: Segments of a sequence: they are joined one after another.
 _MOST_SEGMENTS = 32
 
@@ -54,7 +57,7 @@ def configs(problem: Problem, pieces: int) -> Sequence[Config]:
         if not fitting and _fits(problem, _config(warps, 1, group), pieces):
             fitting = [1]
         found += [_config(warps, stages, group) for stages in fitting]
-    return tuple(found)
+    return _with_heads(problem, found)
 
 
 def cut_configs(problem: Problem, pieces: int) -> Sequence[Config]:
@@ -81,7 +84,18 @@ def cut_configs(problem: Problem, pieces: int) -> Sequence[Config]:
     for warps, local, group, cut in dict.fromkeys(found):
         offered = [_config(warps, stages, group, cut=cut, local=local) for stages in (4, 3, 2, 1)]
         fitting += [config for config in offered if _fits(problem, config, pieces)][:1]
-    return tuple(fitting)
+    return _with_heads(problem, fitting)
+
+
+def _with_heads(problem: Problem, configs: Sequence[Config]) -> tuple[Config, ...]:
+    """The configs with the ``heads`` that suit the batch; the first one with the other choice as well, behind it."""
+    sharing = problem.hv // problem.h
+    chunks = problem.profile.tokens // CHUNK + problem.profile.n
+    usual = 1 if chunks * problem.hv <= _AT_ONCE * _SMS else sharing
+    made = [Config.of(**config.to_dict() | {"heads": usual}) for config in configs]
+    if sharing > 1 and made:
+        made.insert(1, Config.of(**configs[0].to_dict() | {"heads": 1 + sharing - usual}))
+    return tuple(made)
 
 
 def _longest(problem: Problem) -> int:
@@ -94,7 +108,7 @@ def _long_heads(problem: Problem) -> int:
 
 
 def _config(warps: int, stages: int, group: bool, **more: int) -> Config:
-    return Config.of(chunk=CHUNK, warps=warps, stages=stages, group=group, **more)
+    return Config.of(chunk=CHUNK, heads=1, warps=warps, stages=stages, group=group, **more)
 
 
 def _fits(problem: Problem, config: Config, pieces: int) -> bool:

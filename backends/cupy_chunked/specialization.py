@@ -44,8 +44,8 @@ class Specialization:
 
     Attributes:
         k, v: head dimensions; sharing: value heads per query/key head.
-        warps, stages, group, cut, local: the config (see ``configs.py``); pieces: bfloat16 that stand for one float32
-            in products.
+        heads, warps, stages, group, cut, local: the config (see ``configs.py``); pieces: bfloat16 that stand for one
+            float32 in products.
         io, state: C++ types of q, k, v and out, and of the pool.
         a, b, A_log, bias, slot, cu: of the gate inputs and of the indices.
         vk: state layout; norm: q and k are normalised; varlen: packed by offsets.
@@ -55,6 +55,7 @@ class Specialization:
     k: int
     v: int
     sharing: int
+    heads: int
     warps: int
     stages: int
     group: bool
@@ -88,6 +89,7 @@ class Specialization:
             k=problem.k,
             v=problem.v,
             sharing=problem.hv // problem.h,
+            heads=int(config["heads"]),
             warps=int(config["warps"]),
             stages=int(config["stages"]),
             group=bool(config["group"]),
@@ -161,12 +163,14 @@ class Specialization:
     def options(self, kernel: str, wide: bool) -> tuple[str, ...]:
         """Compiler options that name what a kernel has of this specialisation, in a fixed order.
 
-        What the first kernel does not look at is the same for all: it is compiled once for every config and pool.
+        What the first kernel does not look at is the same for all: it is compiled once for every pool, and of a config
+        only for ``heads``; the others are compiled once for all of these.
         """
         values: dict[str, int | str] = {
             "KEY_DIM": self.k,
             "VALUE_DIM": self.v,
             "HEAD_GROUP": self.sharing,
+            "PREPARED_HEADS": self.heads if kernel == "prepare" else 1,
             "CONFIG_WARPS": self._warps(kernel),
             "CONFIG_STAGES": self.stages,
             "GROUP_PRODUCTS": int(self.group),

@@ -15,7 +15,7 @@ import torch
 from ...backends.cupy.arguments import filled
 from ...backends.cupy_chunked.arguments import RECORDS_AT, VECTORS, aligned, template, workspace
 from ...backends.cupy_chunked.backend import CupyChunked, CupyChunkedBf16, CupyCut, CupyCutBf16
-from ...backends.cupy_chunked.compiling import entry, grid, source
+from ...backends.cupy_chunked.compiling import entry, grid, overlaps, source
 from ...backends.cupy_chunked.specialization import Specialization
 from ...registry.backend import Backend, Config, Runner
 from ...registry.decision import RejectCode, Rejected, Verdict
@@ -34,6 +34,9 @@ __all__ = [
     "load_cut",
     "load_cut_bf16",
 ]
+
+#: Of the GPU that kernels are shown.
+_ARCH = 90
 
 
 def load() -> tuple[Backend, CudaOnCpu]:
@@ -117,7 +120,8 @@ class _Launches:
         with watch_also("workspace", memory):
             for kernel in special.kernels:
                 threads, shared = special.block(kernel)
-                _kernel(kernel, special, wide)(grid(kernel, special, call), (threads, 1, 1), (argument,), shared)
+                launch, beside = _kernel(kernel, special, wide), overlaps(kernel, _ARCH)
+                launch(grid(kernel, special, call), (threads, 1, 1), (argument,), shared, overlaps=beside)
         return out
 
 
@@ -127,4 +131,4 @@ def _kernel(name: str, specialization: Specialization, wide: bool) -> CpuRawKern
 
 
 def _on_gpu(problem: Problem) -> Problem:
-    return replace(problem, device="cuda", arch=90)
+    return replace(problem, device="cuda", arch=_ARCH)

@@ -90,14 +90,28 @@ class CpuRawKernel:
             library.cuda_on_cpu_message.restype = ctypes.c_char_p
             self._entries[watched] = entry
 
-    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int = 0) -> None:
-        """Launch and wait. Raises KernelError, BuildError, TypeError for an argument of another kind."""
+    def __call__(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        shared_mem: int = 0,
+        overlaps: bool = False,
+    ) -> None:
+        """Launch and wait.
+
+        Args:
+            overlaps: on a GPU the launch may run beside those before it, back to the last one that may not, until its
+                threads wait for them. While watching, what would not be in order then raises WatchError.
+
+        Raises KernelError, BuildError, TypeError for an argument of another kind.
+        """
         watched = _Watched.on
         self.compile(watched)
         values = [_by_value(argument) for argument in args]
         places = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         if watched:
-            runtime().cuda_on_cpu_watch_launch()
+            runtime().cuda_on_cpu_watch_launch(int(overlaps))
         outcome = self._entries[watched](_three(grid), _three(block), shared_mem, places)
         if outcome:
             kind, what = _ERRORS[outcome]

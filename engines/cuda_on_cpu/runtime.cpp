@@ -190,7 +190,10 @@ void run_block() {
       done += fibers[i].state == State::DONE;
       stuck += fibers[i].state == State::AT_WARP_BARRIER;
     }
-    if (done == threads) return tensor_block_end();
+    if (done == threads) {
+      if (watching()) watch_block_end();
+      return tensor_block_end();
+    }
     if (stuck || done) {
       describe("%u threads wait at __syncthreads or by name, %u at a warp operation, %u have returned", waiting, stuck,
                done);

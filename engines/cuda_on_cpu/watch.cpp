@@ -3,7 +3,8 @@
 // The kernel's module is compiled with -fsanitize=thread, which puts a call in front of every access; the functions
 // called are the ones below, not the sanitizer's library. Addresses are checked per byte against the tensors given
 // (gaps between strided elements are not part of them), races against an exact happens-before: within a block
-// __syncthreads, named barriers and __syncwarp order accesses, between blocks nothing does.
+// __syncthreads, named barriers and __syncwarp order accesses, between blocks nothing does. A launch that may run beside
+// the one before it is ordered after that one for threads that have waited for it.
 #include <algorithm>
 #include <string>  // the system's headers first: they know attributes by names that are CUDA's here
 #include <vector>
@@ -26,6 +27,7 @@ struct Access {
 
 struct Cell {
   Access write, read;  // the last of each
+  bool written_before = false, read_before = false;  // by launches that this one may run beside
   bool readers_in_warp = false;  // several threads have read in read.block_epoch: of one warp ...
   bool readers_beyond = false;   // ... or of several
   bool blocks = false;           // several blocks have read
@@ -40,6 +42,8 @@ struct Region {
 };
 
 bool active;
+bool overlaps;      // this launch may run beside those before it, back to the last one that may not
+bool waited[1024];  // of each thread of this block: for the launch before
 std::vector<Region> regions;
 size_t last_region;
 std::vector<Cell> shared_cells[2];
@@ -61,7 +65,11 @@ bool ordered(const Access& before, const Standing& me) {
   stop(FORBIDDEN);
 }
 
+bool too_early(const Standing& me) { return overlaps && !waited[me.thread]; }
+
 void read_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
+  if (cell.written_before && too_early(me))
+    object("read of what an earlier kernel writes, without wait_for_previous", name, at, nullptr);
   if (cell.write.happened() && !ordered(cell.write, me)) object("race, read after write", name, at, &cell.write);
   Access& last = cell.read;
   if (last.happened() && last.block != me.block) cell.blocks = true;
@@ -73,6 +81,8 @@ void read_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
 }
 
 void write_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
+  if ((cell.written_before || cell.read_before) && too_early(me))
+    object("write of what an earlier kernel uses, without wait_for_previous", name, at, nullptr);
   if (cell.write.happened() && !ordered(cell.write, me)) object("race, write after write", name, at, &cell.write);
   const Access& last = cell.read;
   if (last.happened()) {
@@ -146,6 +156,18 @@ void watch_block_start() {
     shared_cells[which].assign((size_t)(shared.end - shared.begin) / GRAIN + 1, Cell{});
   }
   for (auto& of_thread : publications) of_thread.clear();
+  std::fill(std::begin(waited), std::end(waited), false);
+}
+
+// A kernel that ends before the one that it runs beside lets the next one start too early.
+void watch_block_end() {
+  if (!overlaps || std::any_of(std::begin(waited), std::end(waited), [](bool x) { return x; })) return;
+  describe("block %lld has ended without wait_for_previous", (long long)standing().block);
+  stop(FORBIDDEN);
+}
+
+void wait_for_previous() {
+  if (active) waited[standing().thread] = true;
 }
 
 void watch_publish() {
@@ -188,8 +210,18 @@ EXPORT void cuda_on_cpu_watch_forget(const char* name) {
   const auto named = [&](const Region& region) { return region.name == name; };
   regions.erase(std::remove_if(regions.begin(), regions.end(), named), regions.end());
 }
-EXPORT void cuda_on_cpu_watch_launch() {  // launches follow one another: the earlier one's accesses are ordered
-  for (Region& region : regions) std::fill(region.cells.begin(), region.cells.end(), Cell{});
+// Launches follow one another: the earlier one's accesses are ordered, but for one that may run beside it.
+EXPORT void cuda_on_cpu_watch_launch(int next_overlaps) {
+  overlaps = next_overlaps;
+  for (Region& region : regions)
+    for (Cell& cell : region.cells) {
+      Cell fresh;
+      if (overlaps) {
+        fresh.written_before = cell.written_before || cell.write.happened();
+        fresh.read_before = cell.read_before || cell.read.happened();
+      }
+      cell = fresh;
+    }
 }
 
 EXPORT void __tsan_init() {}

@@ -203,8 +203,8 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
     ),
     "one chunk too many on its way": (
         "kernels/scan.cu",
-        "i < Shape::STAGES - 1; i++) bring_next(i);",
-        "i < Shape::STAGES; i++) bring_next(i);",
+        "constexpr int AHEAD = Shape::STAGES - 1;",
+        "constexpr int AHEAD = Shape::STAGES;",
         "values",
         "ring",
         "each",
@@ -215,6 +215,31 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
         "for (int64 token = 0; token + CHUNK < length; token += CHUNK) {",
         "values",
         "chunks",
+        "each",
+    ),
+    "records read before they are made": (
+        "kernels/scan.cu",
+        "  wait_for_previous();\n#pragma unroll\n",
+        "#pragma unroll\n",
+        "watch",
+        "base",
+        "each",
+    ),
+    "records asked for before they are waited for": (
+        "kernels/scan.cu",
+        "bring_tokens(stages[i], p, task, i * CHUNK, thread);\n  wait_for_previous();",
+        "{\n      bring_tokens(stages[i], p, task, i * CHUNK, thread);\n"
+        "      bring_record(stages[i], p, task, i * CHUNK, thread);\n    }\n  wait_for_previous();",
+        "watch",
+        "base",
+        "each",
+    ),
+    "blocks without tokens that do not wait": (
+        "kernels/scan.cu",
+        "if (task.sequence.length <= 0) return wait_for_previous();",
+        "if (task.sequence.length <= 0) return;",
+        "watch",
+        "base",
         "each",
     ),
     "products read what was not published": (
@@ -578,7 +603,6 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
         "{",
         "watch",
         "five heads",
-        "first",
     ),
     "the next heads' gates used before they are there": (
         "kernels/prepare.cu",
@@ -586,7 +610,6 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
         "    }\n    const Gates& gates",
         "watch",
         "five heads",
-        "first",
     ),
     "two heads solved in one place": (
         "kernels/prepare.cu",
@@ -594,7 +617,6 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
         "solve_row(solve, 0,",
         "watch",
         "chunks",
-        "first",
     ),
     "lanes that read a diagonal block too early": (
         "kernels/prepare.cu",
@@ -794,6 +816,30 @@ CUPY_CHUNKED_BF16: dict[str, tuple[str, ...]] = {
 }
 
 CUPY_CUT: dict[str, tuple[str, ...]] = {
+    "states read before they are joined": (
+        "kernels/scan.cu",
+        "      wait_for_previous();  // here for `join`\n",
+        "",
+        "watch",
+        "segments",
+        "each",
+    ),
+    "joined before there is what to join": (
+        "kernels/join.cu",
+        "  wait_for_previous();\n  ask(0, 0);\n  ask_made(0);\n",
+        "  ask(0, 0);\n  ask_made(0);\n  wait_for_previous();\n",
+        "watch",
+        "segments",
+        "first",
+    ),
+    "sequences with nothing to join that do not wait": (
+        "kernels/join.cu",
+        "if (segments <= 1) return wait_for_previous();",
+        "if (segments <= 1) return;",
+        "watch",
+        "segments",
+        "first",
+    ),
     "unit vectors that are none": (
         "kernels/scan.cu",
         "if (task.passage) set_identity(state, row, lane);",

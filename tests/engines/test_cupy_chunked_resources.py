@@ -36,12 +36,12 @@ def test_everything_fits_its_chip():
 
 def test_defaults_of_bfloat16_inputs_hardly_spill():
     # Three pieces of every operand are many registers: where each warp multiplies for itself some do not fit.
-    for arch, most in ((80, 128), (90, 0), (100, 400)):
+    for arch, most, most_prepared in ((80, 128, 24), (90, 0, 24), (100, 400, 32)):
         for name, problem in resources.problems(arch).items():
             if problem.io_dtype == "bfloat16" and problem.k <= 192:
                 row = ROWS[name, arch, configs(problem, CupyChunked.pieces)[0].label]
                 assert row["scan spills"] <= most, (name, arch)
-                assert row["prepare spills"] <= 24, (name, arch)
+                assert row["prepare spills"] <= most_prepared, (name, arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -306,6 +306,49 @@ class TestWatch:
                 out=torch.zeros(2),
             )
 
+    def test_a_launch_beside_the_one_before_waits_for_what_that_one_writes(self):
+        made = kernel("out[threadIdx.x] = x[threadIdx.x];")
+        tensors = {"x": torch.ones(4), "out": torch.zeros(4)}
+
+        def chained(body: str) -> None:
+            with ENGINE.watch_addresses(tensors):
+                made((1,), (4,), tuple(tensors.values()))
+                kernel(body)((1,), (4,), tuple(tensors.values()), overlaps=True)
+
+        chained("wait_for_previous(); out[threadIdx.x] += 1;")
+        assert tensors["out"].tolist() == [2.0] * 4
+        with pytest.raises(Violation, match="wait_for_previous"):
+            chained("out[threadIdx.x] += 1; wait_for_previous();")
+        with pytest.raises(Violation, match="wait_for_previous"):
+            chained("if (threadIdx.x == 0) wait_for_previous(); __syncthreads(); out[threadIdx.x] += 1;")
+
+    def test_a_launch_beside_others_may_read_at_once_what_nobody_writes(self):
+        run = kernel("const float y = x[threadIdx.x]; wait_for_previous(); out[threadIdx.x] += y;")
+        tensors = {"x": torch.ones(4), "out": torch.zeros(4)}
+        with ENGINE.watch_addresses(tensors):
+            for _ in range(2):
+                run((1,), (4,), tuple(tensors.values()), overlaps=True)
+        assert tensors["out"].tolist() == [2.0] * 4
+
+    def test_a_launch_beside_another_does_not_write_what_that_one_reads(self):
+        tensors = {"out": torch.zeros(4), "x": torch.ones(4)}
+        reads = kernel("if (out[threadIdx.x] > 9) __syncwarp();", "float* out, const float* x")
+        writes = kernel("out[threadIdx.x] = 1; wait_for_previous();", "float* out, const float* x")
+
+        def chained() -> None:
+            with ENGINE.watch_addresses(tensors):
+                reads((1,), (4,), tuple(tensors.values()))
+                writes((1,), (4,), tuple(tensors.values()), overlaps=True)
+
+        with pytest.raises(Violation, match="write of what an earlier kernel uses"):
+            chained()
+
+    def test_every_block_waits_for_the_launch_that_it_runs_beside(self):
+        tensors = {"x": torch.ones(4), "out": torch.zeros(4)}
+        run = kernel("if (blockIdx.x == 0) wait_for_previous();")
+        with pytest.raises(Violation, match="block 1 has ended without"), ENGINE.watch_addresses(tensors):
+            run((2,), (4,), tuple(tensors.values()), overlaps=True)
+
     def test_launches_one_after_another_do_not_race(self):
         run = kernel("out[threadIdx.x] += x[threadIdx.x];")
         tensors = {"x": torch.ones(4), "out": torch.zeros(4)}

@@ -5,6 +5,7 @@ constexpr int CHUNK = 64, BLOCKS = CHUNK / 16;  // tokens; 16 x 16 blocks along 
 
 struct Shape {
   static constexpr int K = KEY_DIM, V = VALUE_DIM, SHARING = HEAD_GROUP;  // value heads per query/key head
+  static constexpr int PREPARED = PREPARED_HEADS;   // of these, how many a block of `prepare` has
   static constexpr int KEYS = (K + 15) / 16 * 16;   // K, padded with zeros
   static constexpr int WARPS = CONFIG_WARPS, STAGES = CONFIG_STAGES;
   static constexpr int PIECES = OPERAND_PIECES;     // bfloat16 that stand for one float in products

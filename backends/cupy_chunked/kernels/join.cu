@@ -1,6 +1,7 @@
 // What each segment of a sequence starts from: S <- passage^T S + what it makes of no state, from one to the next. A block
 // has 8 columns of V of one value head of one sequence. A thread has one key, and a quarter of the keys to sum over.
 #include "numbers.cuh"
+#include "overlap.cuh"
 #include "tensor_core.cuh"
 #include "chunks.cuh"
 
@@ -16,11 +17,12 @@ struct Joint {
 extern "C" __global__ void __launch_bounds__(JOIN_THREADS) join(const __grid_constant__ Arguments p) {
   __shared__ __align__(16) Joint x;
   constexpr int TILES = (Shape::V + WIDTH - 1) / WIDTH;
+  let_next_start();
   const int64 n = (int64)blockIdx.z * gridDim.y + blockIdx.y;
-  if (n >= p.n) return;
+  if (n >= p.n) return wait_for_previous();
   const Sequence sequence(p, n);
   const int64 segments = (sequence.length + Shape::SPAN - 1) / Shape::SPAN, first = first_crossing(p, n, sequence);
-  if (segments <= 1) return;
+  if (segments <= 1) return wait_for_previous();
   const int hv = (int)blockIdx.x / TILES, column = (int)blockIdx.x % TILES * WIDTH;
   const int k = threadIdx.x % Shape::KEYS, part = threadIdx.x / Shape::KEYS;
 
@@ -42,9 +44,7 @@ extern "C" __global__ void __launch_bounds__(JOIN_THREADS) join(const __grid_con
       run[i] = j < Shape::K ? passage[j][k] : 0.0f;
     }
   };
-  ask(0, 0);
-  ask_made(0);
-  float mine[MINE];
+  float mine[MINE];  // of the state, which is there before the call
 #pragma unroll
   for (int i = 0; i < MINE; i++) {
     const int v = column + part * MINE + i;
@@ -52,6 +52,9 @@ extern "C" __global__ void __launch_bounds__(JOIN_THREADS) join(const __grid_con
     mine[i] = there ? Format<State>::get(Format<State>::template load<STATE>(pool + k * p.pool.key + v * p.pool.value), 0)
                     : 0.0f;
   }
+  wait_for_previous();
+  ask(0, 0);
+  ask_made(0);
   for (int64 segment = 0; segment < segments; segment++) {
     auto& start = crossing(p, first + segment, hv).start;
 #pragma unroll

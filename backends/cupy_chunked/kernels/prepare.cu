@@ -1,6 +1,8 @@
 // All of a chunk that does not need the state: products of its keys and queries, gates, and the triangular solve.
-// One block of four warps per (slot, query/key head); warp w has rows 16 w to 16 w + 15 of the 64 x 64 matrices.
+// One block of four warps per slot and PREPARED value heads, one or all that share a query/key head; warp w has rows 16 w to
+// 16 w + 15 of the 64 x 64 matrices.
 #include "numbers.cuh"
+#include "overlap.cuh"
 #include "tensor_core.cuh"
 #include "chunks.cuh"
 #include "gates.cuh"
@@ -135,6 +137,7 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, Shape::PIECES == 1
     prepare(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  let_next_start();
   const int64 slot = (int64)blockIdx.z * gridDim.y + blockIdx.y;
   const int64 n = sequence_of<CHUNK>(p, slot);
   if (n >= p.n) return;
@@ -142,21 +145,20 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, Shape::PIECES == 1
   const int64 token = (slot - sequence.slot) * CHUNK;
   const int live = (int)min((int64)CHUNK, sequence.length - token);
   if (live <= 0) return;
-  const int head = blockIdx.x;
+  const int head = blockIdx.x / (Shape::SHARING / Shape::PREPARED), first = blockIdx.x * Shape::PREPARED;  // value head
 
   using Keys = Tile<Shape::KEYS>;
   struct Tiles { Keys keys, queries; };
   Tiles& tiles = *(Tiles*)memory;
   Solve& solve = *(Solve*)memory;  // when those have been read
   Small& small = *(Small*)(memory + (sizeof(Tiles) > sizeof(Solve) ? sizeof(Tiles) : sizeof(Solve)));
-  const int first = head * Shape::SHARING;  // value head
-  const auto ask = [&](int i) { return Asked(p, sequence, token, live, first + min(i, Shape::SHARING - 1), lane); };
+  const auto ask = [&](int i) { return Asked(p, sequence, token, live, first + min(i, Shape::PREPARED - 1), lane); };
   const Asked asked = ask(warp / 2);  // of one head alone, two times the same
   stage<Shape::KEYS, PREPARE_THREADS>(tiles.keys, sequence.begin<const Io>(p.data.k, p.k, head, token), p.k, live,
                                       Shape::K, threadIdx.x);
   stage<Shape::KEYS, PREPARE_THREADS>(tiles.queries, sequence.begin<const Io>(p.data.q, p.q, head, token), p.q, live,
                                       Shape::K, threadIdx.x);
-  if (warp / 2 < Shape::SHARING) set_gates(small.gates[warp / 2], p, asked, live, lane, warp % 2);
+  if (warp / 2 < Shape::PREPARED) set_gates(small.gates[warp / 2], p, asked, live, lane, warp % 2);
   wait_for_copies();
   __syncthreads();
 
@@ -220,10 +222,10 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, Shape::PIECES == 1
     }
   }
 
-  for (int i = 0; i < Shape::SHARING; i++) {
+  for (int i = 0; i < Shape::PREPARED; i++) {
     if (i > 0 && i % HEADS == 0) {  // gates of the next two
       __syncthreads();
-      if (i + warp / 2 < Shape::SHARING)
+      if (i + warp / 2 < Shape::PREPARED)
         set_gates(small.gates[warp / 2], p, ask(i + warp / 2), live, lane, warp % 2);
       __syncthreads();
     }

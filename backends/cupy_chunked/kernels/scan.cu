@@ -12,6 +12,7 @@
 // M's columns beside B's, which start from the identity and from nothing; `join` finds what each segment starts from, and
 // then each is a sequence of its own.
 #include "numbers.cuh"
+#include "overlap.cuh"
 #include "tensor_core.cuh"
 #include "group.cuh"
 #include "chunks.cuh"
@@ -108,13 +109,10 @@ __device__ __forceinline__ void set_identity(Columns& state, int row, int lane) 
       state[i][c] = 8 * i + lane % 4 * 2 + c % 2 == row + lane / 4 + c / 2 * 8 ? 1.0f : 0.0f;
 }
 
-// Start bringing chunk `token / 64`. Values beyond V are zeros.
+// Start bringing what `prepare` left of chunk `token / 64`.
 template <class Stage>
-__device__ __forceinline__ void bring(Stage& to, const Arguments& p, const Task& task, int64 token, int thread) {
-  const Sequence& sequence = task.sequence;
-  const int hv = task.hv, head = hv / Shape::SHARING, column = task.passage ? 0 : task.column;
-  const int live = (int)min((int64)CHUNK, sequence.length - token);
-  const Record* const record = p.data.records + (sequence.slot + token / CHUNK) * p.heads + hv;
+__device__ __forceinline__ void bring_record(Stage& to, const Arguments& p, const Task& task, int64 token, int thread) {
+  const Record* const record = p.data.records + (task.sequence.slot + token / CHUNK) * p.heads + task.hv;
   constexpr int UNITS = sizeof(to.record) / 16;  // of 16 bytes
   constexpr int SOLVE = sizeof(Triangle) / 16, ATTEND = sizeof(Record) / 16 - SOLVE;  // where one ends and one begins
 #pragma unroll
@@ -125,6 +123,14 @@ __device__ __forceinline__ void bring(Stage& to, const Arguments& p, const Task&
     if ((i + 1) * BRINGERS <= UNITS || unit < UNITS)
       copy_async<16>((uint4*)&to.record + unit, (const uint4*)record + unit, there);
   }
+}
+
+// Its keys, queries and values. Values beyond V are zeros.
+template <class Stage>
+__device__ __forceinline__ void bring_tokens(Stage& to, const Arguments& p, const Task& task, int64 token, int thread) {
+  const Sequence& sequence = task.sequence;
+  const int hv = task.hv, head = hv / Shape::SHARING, column = task.passage ? 0 : task.column;
+  const int live = (int)min((int64)CHUNK, sequence.length - token);
   const Io* const k = sequence.begin<const Io>(p.data.k, p.k, head, token);
   const Io* const v = sequence.begin<const Io>(p.data.v, p.v, hv, token) + column * p.v.element;
   stage<Shape::KEYS, BRINGERS>(to.keys, k, p.k, live, Shape::K, thread);
@@ -496,19 +502,31 @@ __device__ __forceinline__ void meet() {
   else __syncthreads();
 }
 
-// Brings chunk after chunk, STAGES of them at a time; `work(stage, tokens)` follows each, when it is there for all.
+// Brings chunk after chunk, STAGES of them at a time; `work(stage, tokens)` follows each, when it is there for all. Inputs
+// of the first ones are on their way before `prepare` ends.
 template <class Work>
 __device__ __forceinline__ void bring_all(const Arguments& p, Stage* stages, const Task& task, int thread,
                                           Work&& work) {
   const int64 length = task.sequence.length;
-  int64 brought = 0;  // tokens
+  constexpr int AHEAD = Shape::STAGES - 1;
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++)
+    if (i * CHUNK < length) bring_tokens(stages[i], p, task, i * CHUNK, thread);
+  wait_for_previous();
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) {
+    if (i * CHUNK < length) bring_record(stages[i], p, task, i * CHUNK, thread);
+    group_copies();
+  }
+  int64 brought = AHEAD * CHUNK;  // tokens
   const auto bring_next = [&](int to) {
-    if (brought < length) bring(stages[to], p, task, brought, thread);
+    if (brought < length) {
+      bring_record(stages[to], p, task, brought, thread);
+      bring_tokens(stages[to], p, task, brought, thread);
+    }
     group_copies();
     brought += CHUNK;
   };
-#pragma unroll
-  for (int i = 0; i < Shape::STAGES - 1; i++) bring_next(i);
   int current = 0;
   for (int64 token = 0; token < length; token += CHUNK) {
     if constexpr (Shape::STAGES == 1) {
@@ -550,6 +568,7 @@ struct Scan {
     if constexpr (Shape::LOCAL) {
       if (task.passage) set_identity(state, row, lane);
     } else if (Shape::SPAN > 0 && !(task.first && task.last)) {
+      wait_for_previous();  // here for `join`
       load_columns(state, crossing(p, task.crossing, task.hv).start, row, lane);
     } else if (slot >= 0) {
       load_state(state, pool(slot), p.pool, row, lane);
@@ -607,11 +626,12 @@ __device__ __forceinline__ Task task_of(const Arguments& p, int64 place) {
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS, 1) scan(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Stage* const stages = (Stage*)memory;
+  if constexpr (Shape::LOCAL) let_next_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64 place = (int64)blockIdx.z * gridDim.y + blockIdx.y;
-  if (Shape::SPAN == 0 && place >= p.n) return;
+  if (Shape::SPAN == 0 && place >= p.n) return wait_for_previous();
   const Task task = task_of(p, place);
-  if (task.sequence.length <= 0) return;
+  if (task.sequence.length <= 0) return wait_for_previous();
   if constexpr (Shape::GROUP) {
     if (warp < Shape::WARPS) {
       if constexpr (SHARES) more_registers<MANY>();

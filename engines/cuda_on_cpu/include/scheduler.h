@@ -36,6 +36,7 @@ Range shared_memory(int which);  // 0 static, 1 dynamic
 void describe(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void watch_block_start();  // a new block: its shared memory is unwritten
+void watch_block_end();
 bool watching();
 void watch_group_read(const void* p, size_t bytes);  // the running thread's group product reads what was published
 void watch_publish();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..registry.core import Registry
 from ..registry.decision import RejectCode, Rejected
 from ..registry.selection import verdicts
 from .recipe import Origin, origin_of
+from .spared import outclassed, spared
 
 __all__ = ["PREDICATE_CODES", "Admission", "Candidate", "admit"]
 
@@ -76,7 +77,8 @@ class Candidate:
 class Admission:
     """Attributes:
     candidates: of the accepting backends, in heuristic order, each backend's configs in its own order.
-    declined: a record per backend whose predicate says no, that is known to lose, or that offers no config.
+    declined: a record per backend whose predicate says no, that is known to lose, or that offers no config; and per
+        config that is known to lose.
     """
 
     candidates: tuple[Candidate, ...]
@@ -94,8 +96,11 @@ class Admission:
         return declined | {c.backend: c.fingerprint for c in self.candidates}
 
 
-def admit(registry: Registry, op: str, problem: Any) -> Admission:
+def admit(registry: Registry, op: str, problem: Any, keep: Container[str] = ()) -> Admission:
     """Ask every registered backend of ``op``.
+
+    Args:
+        keep: names of candidates that are tried even if they are known to lose, such as the one chosen before.
 
     Raises:
         PredicateError: a predicate has a bug; dispatch would raise it as well, for every call.
@@ -112,7 +117,7 @@ def admit(registry: Registry, op: str, problem: Any) -> Admission:
         why: str | None = None
         if not isinstance(verdict, Rejected):
             try:
-                why = backend.hopeless(problem)
+                why = backend.hopeless(problem) or outclassed(backend, problem)
                 configs = tuple(dict.fromkeys(backend.configs(problem)))  # one listed twice is one candidate
                 verdict = Rejected(RejectCode.COMPILE, "configs() is empty")
             except IsokernError:
@@ -123,7 +128,12 @@ def admit(registry: Registry, op: str, problem: Any) -> Admission:
         source = sources[backend.name]
         offered = [Candidate(backend.name, config, fingerprint, origin, source) for config in configs]
         if offered and why is None:
-            candidates += offered
+            lost = spared(backend, configs, problem)
+            for candidate in offered:
+                if candidate.config in lost and candidate.name not in keep:
+                    declined.append(candidate.rejected(Rejected(RejectCode.HOPELESS, lost[candidate.config])))
+                else:
+                    candidates.append(candidate)
         else:
             last_resort += offered
             verdict = verdict if why is None else Rejected(RejectCode.HOPELESS, why)

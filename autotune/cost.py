@@ -37,6 +37,8 @@ class _Rates:
 
 
 _CPU = _Rates(problem=0.01, candidate=0.0106, place=3.5e-6, token=2.2e-3, state_byte=5.6e-9)
+#: Of the candidates of a problem that was tuned by graph before, so many are called.
+_CALLED_AGAIN = 1 / 3
 #: Eager launches are timed for longer, and by the host. ``token`` is a sixth of what was measured before references
 #: took a sixth of the operations; the rest was measured.
 _GPU = {
@@ -94,7 +96,7 @@ class CostModel:
         state: int = n * problem.hv * problem.k * problem.v * 4 if problem.state_dtype else 0
         stored = state * (longest + 1) if problem.intermediates != "none" else 0
         each_token = rates.token * longest + rates.state_byte * (state + stored)
-        each_candidate = rates.candidate + rates.place * n * longest
+        each_candidate = rates.candidate * (_CALLED_AGAIN if proven else 1.0) + rates.place * n * longest
         return self.scale * (rates.problem + each_candidate * candidates + (0.0 if proven else each_token))
 
 

@@ -36,7 +36,7 @@ _NICE = 10
 #: What waiting for the device adds to a call at most, and how many times the best one's time is beyond hope: timing a
 #: kernel that takes milliseconds as often as one of microseconds would take longer than all the others.
 _WAIT_S = 500e-6
-_HOPELESS_RATIO = 20.0
+_HOPELESS_RATIO = 8.0
 #: Share of the free memory that the gate may keep calls and references in.
 _KEPT_SHARE = 0.2
 #: Seconds that the first calls of a candidate may take, after the first one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -55,10 +56,12 @@ class Shared:
     Attributes:
         proven: verdicts of the gate.
         least_s: seconds that an eager call takes at least, from graphs of such calls.
+        by_graph: seconds of the first calls by graph; inf of one that was too slow to be called.
     """
 
     proven: dict[tuple[str, str, str], Verdict] = field(default_factory=dict)
     least_s: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    by_graph: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +210,18 @@ class _Run:
         self.workers = workers
         self.settings = settings
         self.progress = progress
-        self.admission = admission
         self.earlier = store.peek(self.op, self.version, task.key, environment)
+        # What was chosen before races again, even if it is known by now to lose on such problems.
+        kept = () if self.earlier is None else (self.earlier.label,)
+        self.admission = admit(registry, self.op, task.problem, kept) if kept else admission
         self.resume = Resume(
             Journal(journal_path(store, environment, self.op, self.version, task.key)),
             digest([__version__, task.recipe.to_dict(), asdict(settings), self._earlier_identity()]),
         )
+
+    @property
+    def _graph(self) -> bool:
+        return self.task.recipe.mode == "graph"
 
     def _earlier_identity(self) -> str:
         return "" if self.earlier is None else self.earlier.measured["created"]
@@ -288,14 +297,20 @@ class _Run:
         unknown = [c for c in field if c.name not in verdicts]
         values = self.task.recipe.values
         there = {c.name: (values, c.name, c.fingerprint) for c in field}
+        by_graph = self.shared.by_graph
         verdicts |= examiner.examine(
             unknown,
             proven={c.name: v for c in unknown if (v := self.shared.proven.get(there[c.name])) is not None},
             least_s={c.name: s for c in unknown if (s := self.shared.least_s.get(there[c.name])) is not None},
+            by_graph={} if self._graph else {c.name: s for c in unknown if (s := by_graph.get(there[c.name]))},
         )
         for candidate in field:
-            if verdicts[candidate.name].proven:
-                self.shared.proven[there[candidate.name]] = verdicts[candidate.name]
+            verdict = verdicts[candidate.name]
+            if verdict.proven:
+                self.shared.proven[there[candidate.name]] = verdict
+            slow = verdict.rejected is not None and verdict.rejected.code is RejectCode.SLOW
+            if self._graph and (verdict.proven or slow):
+                by_graph[there[candidate.name]] = verdict.first_s or math.inf
         for name, seconds in examiner.least_s.items():
             self.shared.least_s[there[name]] = seconds
         return verdicts

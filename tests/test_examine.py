@@ -134,3 +134,83 @@ def test_else_it_is_called(examine, seconds, known, protected):
 def test_what_is_found_about_graphs_is_told(examine):
     _, worker = examine({"a": 1e-3, "b": 1e-3}, found={"a": 0.9e-3})
     assert worker.least_found == {"a[default]": 0.9e-3}
+
+
+def settings(backend, count):
+    return [Candidate(backend, Config.of(setting=i), "0" * 16) for i in range(count)]
+
+
+@pytest.fixture
+def examine_settings(tmp_path):
+    """Verdicts on candidates of these times (by name), some of them proven by graph; and the worker."""
+
+    def examine(candidates, seconds, *, device="cuda", proven=(), by_graph=None, broken=(), protected=()):
+        worker = Worker({c.name: seconds[c.name] for c in candidates}, broken=broken)
+        examiner = Examiner(
+            worker,
+            ProblemRecipe("op", TINY, TINY, "hooks", device=device),
+            KEY,
+            GatePolicy(hopeless_ratio=2.0, behind_ratio=2.5, settings=2),
+            TunePolicy(),
+            Resume(Journal(tmp_path / "settings.jsonl"), "signature"),
+            Progress(),
+            protected,
+        )
+        verdicts = examiner.examine(candidates, dict.fromkeys(proven, PROVEN), by_graph=by_graph)
+        reasons = {name: v.rejected.reason for name, v in verdicts.items() if v.rejected is not None}
+        uncalled = [c.name for c in candidates if reasons.get(c.name, "").startswith("not called")]
+        return verdicts, uncalled, worker
+
+    return examine
+
+
+class TestSettingsOfOneBackend:
+    """The default of each backend is called first."""
+
+    ahead, behind = settings("ahead", 2), settings("behind", 3)
+    names = tuple(c.name for c in behind)
+
+    def times(self, *behind):
+        return {c.name: 1e-3 for c in self.ahead} | dict(zip(self.names, behind, strict=True))
+
+    def test_they_are_not_called_where_its_default_is_far_behind(self, examine_settings):
+        verdicts, uncalled, worker = examine_settings([*self.behind, *self.ahead], self.times(2.6e-3, 1e-3, 1e-3))
+        assert worker.of("first_call")[:2] == ["behind", "ahead"]
+        assert uncalled == list(self.names[1:])
+        assert verdicts[self.names[2]].rejected.code is RejectCode.SLOW
+        assert "behind takes 2.6 ms, 2.6x the best of all (1 ms)" in verdicts[self.names[2]].rejected.reason
+
+    def test_they_are_called_where_it_is_not(self, examine_settings):
+        assert not examine_settings([*self.behind, *self.ahead], self.times(2.4e-3, 1e-3, 1e-3))[1]
+
+    def test_they_are_called_where_it_failed(self, examine_settings):
+        times = self.times(9.0, 1e-3, 1e-3)
+        assert not examine_settings([*self.behind, *self.ahead], times, broken=[self.names[0]])[1]
+
+    def test_one_that_is_protected_is_called(self, examine_settings):
+        times = self.times(2.6e-3, 2.6e-3, 1e-3)
+        _, uncalled, _ = examine_settings([*self.behind, *self.ahead], times, protected=[self.names[1]])
+        assert uncalled == [self.names[2]]
+
+    def test_one_that_was_proven_in_another_launch_mode_is_called(self, examine_settings):
+        times = self.times(2.6e-3, 2.6e-3, 1e-3)
+        candidates = [*self.behind, *self.ahead]
+        assert examine_settings(candidates, times, proven=self.names[:2])[1] == [self.names[2]]
+
+    def test_on_a_cpu_nothing_is_known_of_that(self, examine_settings):
+        assert not examine_settings([*self.behind, *self.ahead], self.times(2.6e-3, 1e-3, 1e-3), device="cpu")[1]
+
+    def test_launched_eagerly_the_fastest_by_graph_are_called_besides_those_proven_there(self, examine_settings):
+        five = settings("five", 5)
+        by_graph = {c.name: s for c, s in zip(five, (3.0, 1.0, 2.0, 4.0, float("inf")), strict=True)}
+        times = {c.name: 1e-3 for c in five}
+        verdicts, uncalled, _ = examine_settings(five, times, proven=[five[3].name], by_graph=by_graph)
+        assert uncalled == [five[0].name, five[4].name], "two others are faster than the first"
+        assert "in graphs it takes 3 s, and 2 other settings less" in verdicts[five[0].name].rejected.reason
+        assert "too slow" in verdicts[five[4].name].rejected.reason
+
+    def test_one_that_is_new_since_then_is_called(self, examine_settings):
+        five = settings("five", 5)
+        by_graph = {c.name: float(i) for i, c in enumerate(five[:4], 1)}
+        _, uncalled, _ = examine_settings(five, {c.name: 1e-3 for c in five}, by_graph=by_graph)
+        assert uncalled == [five[2].name, five[3].name]

@@ -86,6 +86,11 @@ class TestChoice:
         assert chosen(*entries, offered="ac") == "a"
         assert chosen(*entries, offered="c") is None
 
+    def test_nor_does_what_the_nearer_of_two_distant_ones_alone_knows(self):
+        farther = near(2.5, "a", raced("a", 1.0))
+        assert chosen(near(2.0, "c", raced("a", 1.5), raced("c", 1.0)), farther) == "a"
+        assert chosen(near(1.0, "c", raced("a", 1.5), raced("c", 1.0)), farther) == "c", "it has most of the weight"
+
     def test_where_the_default_was_in_no_race_another_regime_begins(self):
         """Of 256 tokens a composite was put aside after its first calls; of 8192 it is the heuristic choice."""
         slow = CandidateRecord("b", {}, "rejected", "slow", "?", median_us=9.0, fingerprint="f")

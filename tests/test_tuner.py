@@ -34,7 +34,7 @@ from isokern.autotune.tuner import (
     known,
     tune_problem,
 )
-from isokern.autotune.worker import CandidateFailure, Limits
+from isokern.autotune.worker import CandidateFailure, Limits, WorkerError
 from isokern.cache import Layer, Store
 from isokern.registry.core import Registry
 from isokern.registry.decision import RejectCode, Rejected
@@ -436,6 +436,21 @@ def test_the_tunings_of_one_run_gate_a_candidate_once(tmp_path, workers, monkeyp
     assert {name for do, name in asked if do == "first_call"} == {"honest", "swift", "fast_and_wrong"}
     assert {name for do, name in asked if do == "gate"} == {"fast_and_wrong"}
     assert entry.chosen.tags == ("conformant", "repeatable")
+
+
+def test_what_was_slow_by_graph_is_not_called_eagerly(tmp_path, workers):
+    by_graph = Task(replace(task_of().recipe, mode="graph"), describe(TINY, "cpu", 0, "graph"))
+    settings = replace(SETTINGS, gate=replace(SETTINGS.gate, hopeless_ratio=1.5, settings=0))
+    tuning, shared = Tuning(registry_of(planted.Honest, planted.SluggishRival), tmp_path, workers), Shared()
+    with pytest.raises(WorkerError, match="expected eager on a CPU"):  # after first calls, which are made in any mode
+        tuning.tune(by_graph, settings=settings, shared=shared)
+    found = {name: seconds for (_, name, _), seconds in shared.by_graph.items()}
+    assert 0 < found["honest[default]"] < found["sluggish_rival[default]"]
+    entry = tuning.tune(settings=settings, shared=shared)
+    assert {name: seconds for (_, name, _), seconds in shared.by_graph.items()} == found, "an eager launch adds nothing"
+    slow = next(c for c in entry.candidates if c.backend == "sluggish_rival")
+    assert (slow.code, slow.median_us) == ("slow", None)
+    assert slow.reason.startswith("not called: in graphs it takes")
 
 
 def test_when_the_winner_changes_its_slow_rivals_race_again(tmp_path, workers):

@@ -25,6 +25,8 @@ SHIPPED = "shipped"
 
 #: What a candidate may have been rejected for and still be right: it was slower.
 _SLOW = "slow"
+#: What a time of first calls alone counts for: they are few, and the first ones.
+_UNSURE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +119,11 @@ def rebased(entry: Entry, fingerprints: Mapping[str, str], sources: Mapping[str,
 
 
 def ranked(entry: Entry, fingerprints: Mapping[str, str]) -> tuple[CandidateRecord, ...]:
-    """The candidates that count, best first: the choice, those that raced, those that only their first calls timed.
+    """The candidates that count, best first: the choice, then by their times; first calls alone count for more.
 
     None that was found wrong or broken, that has changed, or that was never timed.
     """
     fresh = [c for c in entry.fresh_candidates(fingerprints) if c.status == "ok" or c.code == _SLOW]
     timed = [c for c in fresh if c.median_us is not None and c.label != entry.label]
-    timed.sort(key=lambda c: (not c.samples_us, c.median_us or 0.0, c.label))
+    timed.sort(key=lambda c: ((c.median_us or 0.0) * (1.0 if c.samples_us else _UNSURE), c.label))
     return (*(c for c in fresh if c.label == entry.label), *timed)

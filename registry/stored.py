@@ -62,14 +62,18 @@ class _Offers:
         offered = Config.from_dict(dict(record.config)) in self._configs[record.backend]
         return "" if offered else "this config is not offered here"
 
-    def promising(self, record: CandidateRecord) -> bool:
-        """Whether it can run, and is not known to lose at this size."""
+    def may_win(self, record: CandidateRecord) -> bool:
+        """Whether its backend can run the problem, by this config or another, and is not known to lose at this size."""
         name = record.backend
-        if name not in self._verdicts or self.why_not(record):
+        if not isinstance(self._verdicts.get(name), Accepted):
             return False
         if name not in self._hopeless:
             self._hopeless[name] = self._backends[name].hopeless(self._problem)
         return name == self.first or self._hopeless[name] is None
+
+    def promising(self, record: CandidateRecord) -> bool:
+        """Whether it can run, and is not known to lose at this size."""
+        return not self.why_not(record) and self.may_win(record)
 
 
 class Untuned:
@@ -115,8 +119,9 @@ class Untuned:
     def _exact(self, table: Table, rule: Rule) -> Suggestion | None:
         """The choice of a table, or where that cannot be, the next best of its entry that can.
 
-        Nothing where the choice's backend could run but has changed, unless the next best took hardly longer: how fast
-        that backend is now nobody knows, but leaving it for one that took several times as long would be no choice.
+        Nothing where the choice's backend could run but has changed, or its configs have, unless the next best took
+        hardly longer: how fast that backend is now nobody knows, but leaving it for one that took several times as long
+        would be no choice.
         """
         stored = _entry_in(self._registry, table, self._spec, self._key)
         if stored is None:
@@ -130,7 +135,7 @@ class Untuned:
         if record is None:
             self._notes.append(f"{name}: nor does any other candidate that was timed there")
             return None
-        if not chosen and not why_not(entry.chosen) and not _stands_in(record, entry):
+        if not chosen and self._offers.may_win(entry.chosen) and not _stands_in(record, entry):
             self._notes.append(f"{name}: {record.label} does not stand in for it, {_beside(record, entry)}")
             return None
         measured = next(c.fingerprint for c in stored.candidates if c.label == record.label)

@@ -57,9 +57,19 @@ def test_a_fresh_install_dispatches_a_models_batches_from_the_table(on_an_h100, 
     problems = [describe(concrete(MODEL.shard(tp), case), "cuda", 90, mode) for case in serving_cases(MODEL, Tier.WIDE)]
     found = [(p, on_an_h100.store.in_table(table, OP, SPEC.contract_version, p.tuning_key())) for p in problems]
     rows = [(problem, located.entry) for problem, located in found if located is not None]
-    assert len(rows) > 0.75 * len(problems)
+    assert len(rows) > 0.5 * len(problems), "decode, drafts and short prompts at least"
     for problem, entry in rows:
         if is_current(entry.chosen, prints, sources):
             decision = on_an_h100.dispatcher(OP).decide(problem)
             assert decision.rule is Rule.TUNED_SHIPPED, problem.label
             assert (decision.backend, decision.config) == (entry.backend, dict(entry.config)), problem.label
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_nor_does_it_leave_a_kernel_that_was_edited_since_for_one_that_takes_a_thousand_times_as_long(on_an_h100, mode):
+    """Where a row is not current the heuristic order decides, or a row of about its time: never PyTorch's operations."""
+    for tp in (1, 2, 4, 8):
+        for case in serving_cases(MODEL, Tier.WIDE):
+            problem = describe(concrete(MODEL.shard(tp), case), "cuda", 90, mode)
+            decision = on_an_h100.dispatcher(OP).decide(problem)
+            assert on_an_h100.backends(OP)[decision.backend].provenance != "torch", (problem.label, decision.detail)

@@ -1,4 +1,4 @@
-"""``isokern warmup``: tune a model's serving workload before serving, once per machine."""
+"""``isokern warmup``: tune models' serving workloads before serving, once per machine."""
 
 from __future__ import annotations
 
@@ -47,9 +47,17 @@ class _Display(Progress):
 
 
 def warmup(
-    model: Annotated[str, typer.Option("--model", "-m", help="a model of the catalogue (see `isokern models`)")],
-    tp: Annotated[int, typer.Option("--tp", help="tensor-parallel size")] = 1,
-    workloads: Annotated[Path | None, typer.Option(help="YAML file of cases, in place of the model's own")] = None,
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="a model of the catalogue (see `isokern models`); repeatable; all: each"),
+    ],
+    tp: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tp", help="tensor-parallel size; repeatable, of several models as far as each has it; default: 1"
+        ),
+    ] = None,
+    workloads: Annotated[Path | None, typer.Option(help="YAML file of cases, in place of the models' own")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto (cuda where there is one)")] = "auto",
     tier: Annotated[
         Tier | None, typer.Option(help="how much of the workload; default: core on a CPU, wide on a GPU")
@@ -75,7 +83,7 @@ def warmup(
         list[str] | None, typer.Option("--import", help="module or .py file that registers backends; repeatable")
     ] = None,
 ) -> None:
-    """Tune a model's serving workload; interrupted at any point, the next run goes on from there.
+    """Tune models' serving workloads; interrupted at any point, the next run goes on from there.
 
     Under torchrun each rank tunes a share on its own GPU, and every host's store ends up with everything.
     """
@@ -88,7 +96,7 @@ def warmup(
     from .fleet_cli import find_venue, ranks_of, run_on
     from .merge import save_plan
     from .report import plan_summary, plan_table, report_summary, report_table
-    from .warmup import plan_warmup
+    from .warmup import plan_shards, shards_of
     from .worth import most_valuable_first
 
     venue = find_venue(device, devices, ray)
@@ -102,7 +110,8 @@ def warmup(
     with ranks_of(venue) as exchange:
         out = console() if exchange is None or exchange.rank == 0 else Console(quiet=True)
         how_much = tier if cases is None else None
-        plan = plan_warmup(model, tp, cases, device, tier=how_much, policies=policy, accuracy=under)
+        shards = shards_of(model, tp or [1])
+        plan = plan_shards(shards, cases, device, tier=how_much, policies=policy, accuracy=under)
         plan = replace(plan, problems=most_valuable_first(plan.problems))
         tuners = exchange.size if exchange is not None else max(1, len(venue.slots))
         if dry_run:

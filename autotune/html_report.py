@@ -72,7 +72,7 @@ def coverage_of(plan: WarmupPlan) -> Coverage:
         )
         for p in plan.problems
     )
-    command, title = f"isokern warmup --model {plan.model} --tp {plan.tp}", f"{plan.model} split {plan.tp} ways"
+    command, title = f"isokern warmup {plan.arguments}", plan.title
     policies = {policy_of(p.task.problem) for p in plan.problems}
     if len(policies) == 1 and DEFAULT not in policies:
         [under] = policies

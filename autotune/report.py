@@ -29,7 +29,7 @@ def format_duration(seconds: float) -> str:
 
 def plan_table(plan: WarmupPlan) -> Table:
     """One row per problem: what is known, how many candidates there are, how long it will take."""
-    table = Table(title=f"{plan.model}, TP {plan.tp}, on {plan.device}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{plan.title}, on {plan.device}", title_justify="left", box=None, pad_edge=False)
     table.add_column("case", overflow="fold")
     table.add_column("profile")
     table.add_column("candidates", justify="right")
@@ -57,7 +57,7 @@ def plan_summary(plan: WarmupPlan, tuners: int = 1) -> str:
 def report_table(report: WarmupReport) -> Table:
     """One row per problem: the winner, its time, and by how much it won."""
     plan = report.plan
-    table = Table(title=f"{plan.model}, TP {plan.tp}, on {plan.device}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{plan.title}, on {plan.device}", title_justify="left", box=None, pad_edge=False)
     table.add_column("case", overflow="fold")
     table.add_column("winner", overflow="fold")
     table.add_column("median", justify="right")

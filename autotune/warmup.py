@@ -1,4 +1,4 @@
-"""Warm-up: plan, then tune, every problem a server of one model will meet.
+"""Warm-up: plan, then tune, every problem a server of one model, or of several, will meet.
 
     plan = plan_warmup("qwen3-next-80b-a3b", tp=4)
     report = run_warmup(plan)
@@ -27,7 +27,7 @@ from ..cache.store import Store
 from ..errors import ArgumentValueError, IsokernError
 from ..registry.accuracy import DEFAULT, Accuracy, require
 from ..registry.core import Registry
-from ..registry.ops.fused_sigmoid_gating.catalogue import Model, model
+from ..registry.ops.fused_sigmoid_gating.catalogue import Model, catalogue, model
 from ..registry.ops.fused_sigmoid_gating.concrete import adversarial_twin, concrete
 from ..registry.ops.fused_sigmoid_gating.describe import describe
 from ..registry.ops.fused_sigmoid_gating.workload_case import Case, Policy, Tier
@@ -43,7 +43,17 @@ from .tuner import NothingProvenError, Settings, Shared, Task, Workers, default_
 from .turns import Waiting, in_turn, ordered
 from .worker import CandidateFailure, Worker
 
-__all__ = ["Interrupted", "PlannedProblem", "ProblemReport", "WarmupPlan", "WarmupReport", "plan_warmup", "run_warmup"]
+__all__ = [
+    "Interrupted",
+    "PlannedProblem",
+    "ProblemReport",
+    "WarmupPlan",
+    "WarmupReport",
+    "plan_shards",
+    "plan_warmup",
+    "run_warmup",
+    "shards_of",
+]
 
 OP = "fused_sigmoid_gating"
 HOOKS = "isokern.registry.ops.fused_sigmoid_gating.timing"
@@ -84,15 +94,15 @@ class WarmupPlan:
     """What a warm-up will do.
 
     Attributes:
-        model, tp: whose layers. device: where. threads: torch's intra-op threads (part of the environment).
+        shards: whose layers, as models of the catalogue and tensor-parallel sizes. device: where.
+        threads: torch's intra-op threads (part of the environment).
         problems: in the order of the workload. environment: what the results will hold for.
         registry, store: where candidates come from and results go. settings: how to tune.
         estimate: where the time estimate comes from, in words. compile_s: of it, until all kernels are compiled;
             start_s: until the workers are ready.
     """
 
-    model: str
-    tp: int
+    shards: tuple[tuple[str, int], ...]
     device: str
     threads: int
     problems: tuple[PlannedProblem, ...]
@@ -103,6 +113,23 @@ class WarmupPlan:
     estimate: str
     compile_s: float = 0.0
     start_s: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """Whose layers, for people."""
+        models, sizes = self.models, sorted({tp for _, tp in self.shards})
+        who = models[0] if len(models) == 1 else f"{len(models)} models"
+        return f"{who}, TP {', '.join(map(str, sizes))}"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name, _ in self.shards))
+
+    @property
+    def arguments(self) -> str:
+        """What ``isokern warmup`` is told for these."""
+        sizes = dict.fromkeys(tp for _, tp in self.shards)
+        return " ".join([*(f"--model {name}" for name in self.models), *(f"--tp {tp}" for tp in sizes)])
 
     @property
     def estimate_s(self) -> float:
@@ -178,6 +205,22 @@ class WarmupReport:
         return tuple(lines)
 
 
+def shards_of(models: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[Model, int], ...]:
+    """Models by name, ``all`` for the whole catalogue, each at those of the tensor-parallel sizes that it has.
+
+    Raises:
+        UnknownNameError: no such model. CatalogueError: one has none of the sizes; the only one not each of them.
+    """
+    named = tuple(catalogue().values()) if "all" in models else tuple(dict.fromkeys(map(model, models)))
+    found: list[tuple[Model, int]] = []
+    for one in named:
+        able = [tp for tp in dict.fromkeys(sizes) if tp in one.tensor_parallel]
+        if not able or (len(named) == 1 and len(able) < len(set(sizes))):
+            one.shard(next(tp for tp in sizes if tp not in one.tensor_parallel))  # says what is wrong
+        found += [(one, tp) for tp in able]
+    return tuple(found)
+
+
 def plan_warmup(
     model_name: str | Model,
     tp: int = 1,
@@ -192,17 +235,43 @@ def plan_warmup(
     settings: Settings | None = None,
     seed: int = 0,
 ) -> WarmupPlan:
+    """The problems of one model, as :func:`plan_shards`.
+
+    Raises: as that; UnknownNameError: no such model; CatalogueError: it does not split ``tp`` ways.
+    """
+    ask_ahead(device)  # while the catalogue is read
+    found = model(model_name) if isinstance(model_name, str) else model_name
+    return plan_shards(
+        [(found, tp)], cases, device, tier=tier, policies=policies, accuracy=accuracy, store=store, registry=registry,
+        settings=settings, seed=seed,
+    )  # fmt: skip
+
+
+def plan_shards(
+    shards: Sequence[tuple[Model, int]],
+    cases: Sequence[Case] | None = None,
+    device: str = "cpu",
+    *,
+    tier: Tier | None = None,
+    policies: Sequence[Policy] | None = None,
+    accuracy: Accuracy = DEFAULT,
+    store: Store | None = None,
+    registry: Registry | None = None,
+    settings: Settings | None = None,
+    seed: int = 0,
+) -> WarmupPlan:
     """List the problems, and what is already known of each. Runs no candidate and writes nothing.
 
     Args:
-        cases: the workload; None takes the model's serving cases. tier: how much of it; None: all of ``cases``, of the
-            model's own ``core`` on a CPU and ``wide`` on a GPU. device: ``cpu``, ``cuda`` or ``auto``
+        shards: models with tensor-parallel sizes; a problem that several have is tuned once.
+        cases: the workload; None takes each model's serving cases. tier: how much of it; None: all of ``cases``, of the
+            models' own ``core`` on a CPU and ``wide`` on a GPU. device: ``cpu``, ``cuda`` or ``auto``
             (a GPU if there is one). policies: launch modes of the cases that name none; None: all that the device
             has, since they rank candidates differently. accuracy: the policy of the cases that name none; under
             ``rounded`` backends of every class are candidates. store: None takes the registry's.
 
     Raises:
-        UnknownNameError: no such model. CatalogueError: it does not split ``tp`` ways.
+        CatalogueError: a model does not split that many ways.
         ArgumentValueError: another device, or policy. PredicateError: a backend's predicate has a bug.
     """
     ask_ahead(device)  # while torch is imported
@@ -210,49 +279,49 @@ def plan_warmup(
     store = store or registry.store
     device = _device(device)
     require("accuracy", accuracy)
-    found = model(model_name) if isinstance(model_name, str) else model_name
-    shard = found.shard(tp)
+    split = [(found, found.shard(tp)) for found, tp in shards]
     environment = registry.environment(device)
     settings = settings or default_settings(device)
-    if cases is None:
-        chosen = serving_cases(found, tier or (Tier.CORE if environment.device == "cpu" else Tier.WIDE))
-    else:
-        chosen = of_tier(cases, tier or Tier.FULL)
     modes = tuple(policies or ((Policy.EAGER,) if environment.device == "cpu" else tuple(Policy)))
-    tasks: dict[frozenset[tuple[str, Any]], list[Task]] = {}
-    for case in chosen:
-        spec = concrete(shard, case, seed)
-        for policy in modes if case.policy is None else (case.policy,):
-            mode: Literal["eager", "graph"] = "graph" if policy is Policy.GRAPH else "eager"
-            under = case.accuracy or accuracy
-            recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode, under)
-            task = Task(recipe, describe(spec, environment.device, arch_of(environment), mode, under))
-            tasks.setdefault(frozenset(task.key.items()), []).append(task)
+    alike: dict[frozenset[tuple[str, Any]], list[tuple[str, Task]]] = {}  # cases by name, those of one key together
+    for found, shard in split:
+        if cases is None:
+            chosen = serving_cases(found, tier or (Tier.CORE if environment.device == "cpu" else Tier.WIDE))
+        else:
+            chosen = of_tier(cases, tier or Tier.FULL)
+        for case in chosen:
+            spec = concrete(shard, case, seed)
+            for policy in modes if case.policy is None else (case.policy,):
+                mode: Literal["eager", "graph"] = "graph" if policy is Policy.GRAPH else "eager"
+                under = case.accuracy or accuracy
+                recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode, under)
+                task = Task(recipe, describe(spec, environment.device, arch_of(environment), mode, under))
+                name = spec.name if len(split) == 1 else f"{shard.model} TP {shard.tp} {spec.name}"
+                alike.setdefault(frozenset(task.key.items()), []).append((name, task))
     listed = []
-    for shared in tasks.values():
+    for shared in alike.values():
         # One tuning serves all problems of a key; the largest stands for them, as that is where time is lost.
-        shared.sort(key=lambda t: -t.recipe.case.tokens)
-        admission = admit(registry, OP, shared[0].problem)
-        hit = known(registry, store, environment, shared[0], admission)
-        listed.append((shared, admission, hit))
-    model_of_cost = CostModel.calibrated(environment.device, [(s[0], hit.entry) for s, _, hit in listed if hit])
-    by_graph = {s[0].recipe.values for s, _, hit in listed if s[0].recipe.mode == "graph" and hit is None}
+        shared.sort(key=lambda named: -named[1].recipe.case.tokens)
+        names, task = tuple(name for name, _ in shared), shared[0][1]
+        admission = admit(registry, OP, task.problem)
+        listed.append((names, task, admission, known(registry, store, environment, task, admission)))
+    model_of_cost = CostModel.calibrated(environment.device, [(task, hit.entry) for _, task, _, hit in listed if hit])
+    by_graph = {task.recipe.values for _, task, _, hit in listed if task.recipe.mode == "graph" and hit is None}
     problems = tuple(
         PlannedProblem(
-            shared[0],
-            tuple(t.recipe.case.name for t in shared),
+            task,
+            names,
             len(admission.candidates),
             len(admission.declined),
             hit.entry if hit else None,
-            0.0 if hit else model_of_cost.seconds(shared[0], len(admission.candidates), _second(shared[0], by_graph)),
+            0.0 if hit else model_of_cost.seconds(task, len(admission.candidates), _second(task, by_graph)),
         )
-        for shared, admission, hit in listed
+        for names, task, admission, hit in listed
     )
-    fields = [(shared[0], admission.candidates) for shared, admission, hit in listed if hit is None]
+    fields = [(task, admission.candidates) for _, task, admission, hit in listed if hit is None]
     threads = environment.threads or 1
     return WarmupPlan(
-        found.name,
-        tp,
+        tuple((found.name, shard.tp) for found, shard in split),
         device,
         threads,
         problems,

@@ -160,7 +160,8 @@ def estimate_summary(reports: Sequence[WarmupReport]) -> dict[str, Any] | None:
     took = sum(report.seconds for report in reports)
     text = f"{format_duration(took)} of tuning, {format_duration(estimate)} estimated"
     each = {
-        str(r.plan.tp): {"estimated_s": round(r.plan.estimate_s, 1), "took_s": round(r.seconds, 1)} for r in reports
+        str(r.plan.shards[0][1]): {"estimated_s": round(r.plan.estimate_s, 1), "took_s": round(r.seconds, 1)}
+        for r in reports
     }
     whole = {"estimated_s": round(estimate, 1), "took_s": round(took, 1), "ratio": took / estimate, "text": text}
     return whole | {"by_tp": each}

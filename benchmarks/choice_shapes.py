@@ -63,7 +63,8 @@ def transfer_tasks(plan: WarmupPlan, per_problem: int) -> list[Task]:
 
 def task_of(case: Case, plan: WarmupPlan, mode: str) -> Task:
     """The task of a case in ``plan``'s environment."""
-    spec = concrete(lookup(plan.model).shard(plan.tp), case)
+    [(name, tp)] = plan.shards
+    spec = concrete(lookup(name).shard(tp), case)
     template = plan.problems[0].task.recipe
     recipe = replace(template, case=spec, twin=adversarial_twin(spec), mode=mode)
     return Task(recipe, describe(spec, plan.environment.device, arch_of(plan.environment), recipe.mode))

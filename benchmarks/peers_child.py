@@ -375,7 +375,7 @@ def warm_up(
     environment = own.environment(device)
     planned = list(_planned(cells, device, environment, kept, modes))
     plan = WarmupPlan(
-        "peers", 1, device, environment.threads or 1, tuple(planned), environment, own, kept,
+        (("peers", 1),), device, environment.threads or 1, tuple(planned), environment, own, kept,
         default_settings(device), "none",
     )  # fmt: skip
     report = run_warmup(plan, check=False, budget_s=budget)

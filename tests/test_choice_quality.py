@@ -225,7 +225,7 @@ def test_refused_candidates_are_those_that_broke_somewhere():
 
 
 def test_the_estimate_is_held_against_what_it_took():
-    report = SimpleNamespace(plan=SimpleNamespace(estimate_s=80.0, tp=4), skipped=(), seconds=120.0)
+    report = SimpleNamespace(plan=SimpleNamespace(estimate_s=80.0, shards=(("a model", 4),)), skipped=(), seconds=120.0)
     summary = harness.estimate_summary([report])
     assert summary["ratio"] == 1.5
     assert summary["by_tp"] == {"4": {"estimated_s": 80.0, "took_s": 120.0}}

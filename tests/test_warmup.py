@@ -29,7 +29,7 @@ from isokern.autotune.progress import Progress
 from isokern.autotune.report import format_duration, plan_summary, plan_table, report_summary, report_table
 from isokern.autotune.tuner import Settings
 from isokern.autotune.turns import Waiting, in_turn, ordered
-from isokern.autotune.warmup import Interrupted, plan_warmup, run_warmup
+from isokern.autotune.warmup import Interrupted, plan_shards, plan_warmup, run_warmup, shards_of
 from isokern.autotune.worker import Limits, Worker
 from isokern.cache import Layer, Store
 from isokern.errors import ArgumentValueError, CatalogueError, UnknownNameError
@@ -221,6 +221,38 @@ def test_a_plan_for_a_gpu_needs_no_torch(tmp_path):
 def test_cases_of_one_tuning_key_are_tuned_once_by_the_largest(tmp_path):
     plan = plan_at(tmp_path, ("decode N=5", "decode N=8", "decode N=7", "decode N=9"))
     assert [p.cases for p in plan.problems] == [("decode N=8", "decode N=7", "decode N=5"), ("decode N=9",)]
+
+
+def test_layers_that_two_models_share_are_tuned_once(tmp_path):
+    """Qwen3.5-35B has the heads of Qwen3-Next-80B; at TP 2 they are other problems."""
+    store, registry = Store([Layer("explicit", tmp_path, writable=True)]), registry_of(planted.Honest)
+    shards = shards_of(["qwen3-next-80b-a3b", "qwen3.5-35b-a3b"], [1, 2])
+    plan = plan_shards(shards, [parse_case("decode N=8")], store=store, registry=registry, settings=SETTINGS)
+    assert plan.shards == tuple((name, tp) for name in ("qwen3-next-80b-a3b", "qwen3.5-35b-a3b") for tp in (1, 2))
+    assert [p.cases for p in plan.problems] == [
+        (f"qwen3-next-80b-a3b TP {tp} decode N=8", f"qwen3.5-35b-a3b TP {tp} decode N=8") for tp in (1, 2)
+    ]
+    assert plan.title == "2 models, TP 1, 2"
+    assert plan.arguments == "--model qwen3-next-80b-a3b --model qwen3.5-35b-a3b --tp 1 --tp 2"
+
+
+def test_every_model_is_split_as_far_as_it_can_be():
+    found = shards_of(["all"], [1, 2, 4, 8])
+    assert {(one.name, tp) for one, tp in found} == {
+        (one.name, tp) for one in catalogue().values() for tp in one.tensor_parallel if tp <= 8
+    }
+    assert shards_of([MODEL, MODEL.upper()], [TP, TP]) == shards_of([MODEL], [TP]), "named twice, planned once"
+
+
+@pytest.mark.parametrize(("models", "sizes"), [([MODEL], [1, 3]), ([MODEL], [3]), ([MODEL, "olmo-hybrid-7b"], [3])])
+def test_a_size_that_the_only_model_or_one_of_several_cannot_have_is_refused(models, sizes):
+    with pytest.raises(CatalogueError, match="3 ranks"):
+        shards_of(models, sizes)
+
+
+def test_an_unknown_one_among_several_models_is_named():
+    with pytest.raises(UnknownNameError, match="qwen3-next"):
+        shards_of([MODEL, "qwen3-next-80b"], [1])
 
 
 def test_what_cannot_be_planned_is_a_typed_error(tmp_path):

@@ -109,9 +109,8 @@ def warmup(
         registry.use_store(Store.default(root))
     with ranks_of(venue) as exchange:
         out = console() if exchange is None or exchange.rank == 0 else Console(quiet=True)
-        how_much = tier if cases is None else None
         shards = shards_of(model, tp or [1])
-        plan = plan_shards(shards, cases, device, tier=how_much, policies=policy, accuracy=under)
+        plan = plan_shards(shards, cases, device, tier=tier, policies=policy, accuracy=under)
         plan = replace(plan, problems=most_valuable_first(plan.problems))
         tuners = exchange.size if exchange is not None else max(1, len(venue.slots))
         if dry_run:

@@ -48,8 +48,7 @@ def report(
 
         under = registry.default.dispatcher(OP).policy() if accuracy is None else require("--accuracy", accuracy)
         cases = None if workloads is None else load_workloads(workloads)
-        how_much = tier if cases is None else None
-        plan = plan_warmup(model, tp, cases, device, tier=how_much, accuracy=under, store=store)
+        plan = plan_warmup(model, tp, cases, device, tier=tier, accuracy=under, store=store)
     measured = None if quality is None else load_quality(quality)
     try:
         shown, plotted = write_report(out, store, plan=plan, quality=measured)

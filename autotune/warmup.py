@@ -272,7 +272,8 @@ def plan_shards(
 
     Raises:
         CatalogueError: a model does not split that many ways.
-        ArgumentValueError: another device, or policy. PredicateError: a backend's predicate has a bug.
+        ArgumentValueError: another device, or policy, or a tier that none of ``cases`` is in.
+        PredicateError: a backend's predicate has a bug.
     """
     ask_ahead(device)  # while torch is imported
     registry = registry or registry_package.default
@@ -298,6 +299,9 @@ def plan_shards(
                 task = Task(recipe, describe(spec, environment.device, arch_of(environment), mode, under))
                 name = spec.name if len(split) == 1 else f"{shard.model} TP {shard.tp} {spec.name}"
                 alike.setdefault(frozenset(task.key.items()), []).append((name, task))
+    if cases is not None and not alike:
+        among = "none is given" if not cases else f"{len(cases)} cases of tiers {', '.join(sorted({c.tier for c in cases}))}"
+        raise ArgumentValueError("tier", "one that a case of the workload is in", f"{tier or Tier.FULL}, {among}")
     listed = []
     for shared in alike.values():
         # One tuning serves all problems of a key; the largest stands for them, as that is where time is lost.

@@ -12,6 +12,8 @@ from .codec import InvalidRecordError, Scalar, check_scalars, number, read, read
 __all__ = ["CandidateRecord", "config_label"]
 
 _STATUSES = ("ok", "rejected")
+#: ``RejectCode.SLOW``: what a candidate may have been rejected for and still be right.
+_SLOW = "slow"
 
 
 def config_label(config: Mapping[str, Scalar]) -> str:
@@ -76,6 +78,16 @@ class CandidateRecord:
     def label(self) -> str:
         """``"backend[config]"``."""
         return f"{self.backend}[{config_label(self.config)}]"
+
+    @property
+    def slower(self) -> bool:
+        """Whether all that was held against it is its time."""
+        return self.code == _SLOW
+
+    @property
+    def right(self) -> bool:
+        """Whether it was in the race, or kept out of it for nothing but its time."""
+        return self.status == "ok" or self.slower
 
     def to_dict(self) -> dict[str, Any]:
         return {

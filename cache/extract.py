@@ -20,7 +20,6 @@ REASON_CHARACTERS = 120
 MAX_SAMPLES = 64
 #: Says what was on the machine that measured, and nothing about the problem.
 _LOCAL = "not_installed"
-_SLOW = "slow"
 #: An absolute path: where files lie on one machine is nobody else's business. Its last part may say something.
 _PATH = re.compile(r"(?<![\w./])(?:[A-Za-z]:\\|/)(?:[^\s/\\:'\"(),]+[/\\])+([^\s/\\:'\"(),]*)")
 
@@ -38,14 +37,14 @@ def extract(entry: Entry) -> Entry:
     limit = _limit(entry)
     rows = []
     for record in current:
-        slower = record.code == _SLOW
-        comparable = _right(record) and (_near(record, limit) or best.get(record.backend) is record)
+        slower = record.slower
+        comparable = record.right and (_near(record, limit) or best.get(record.backend) is record)
         evidence = comparable or record.label == entry.label
         rows.append(
             dataclasses.replace(
                 record,
                 reason=None if record.reason is None or (slower and not evidence) else _short(record.reason),
-                samples_us=record.samples_us[: MAX_SAMPLES if evidence else int(_right(record))],
+                samples_us=record.samples_us[: MAX_SAMPLES if evidence else int(record.right)],
             )
         )
     return dataclasses.replace(entry, candidates=tuple(rows), rule=_short(entry.rule))
@@ -65,7 +64,7 @@ def without_strangers(entries: Sequence[Entry]) -> list[Entry]:
         rows = tuple(
             c
             for c in entry.candidates
-            if c.code != _SLOW or c.label in raced or _near(c, limit) or best.get(c.backend) is c
+            if not c.slower or c.label in raced or _near(c, limit) or best.get(c.backend) is c
         )
         found.append(dataclasses.replace(entry, candidates=rows))
     return found
@@ -80,15 +79,11 @@ def _near(record: CandidateRecord, limit: float | None) -> bool:
     return limit is not None and record.median_us is not None and record.median_us <= limit
 
 
-def _right(record: CandidateRecord) -> bool:
-    return record.status == "ok" or record.code == _SLOW
-
-
 def _best_of_each(records: Sequence[CandidateRecord], raced_only: bool) -> dict[str, CandidateRecord]:
     """By backend: the fastest that raced. If none did, and not ``raced_only``, the fastest by its first calls."""
     best: dict[str, tuple[tuple[bool, float], CandidateRecord]] = {}
     for record in records:
-        if not _right(record) or record.median_us is None or (raced_only and not record.samples_us):
+        if not record.right or record.median_us is None or (raced_only and not record.samples_us):
             continue
         order = (not record.samples_us, record.median_us)
         if record.backend not in best or order < best[record.backend][0]:

@@ -23,8 +23,6 @@ __all__ = ["SHIPPED", "Table", "by_nearness", "is_current", "made_with", "ranked
 #: The layer that is looked up by silicon, too.
 SHIPPED = "shipped"
 
-#: What a candidate may have been rejected for and still be right: it was slower.
-_SLOW = "slow"
 #: What a time of first calls alone counts for: they are few, and the first ones.
 _UNSURE = 1.25
 
@@ -123,7 +121,7 @@ def ranked(entry: Entry, fingerprints: Mapping[str, str]) -> tuple[CandidateReco
 
     None that was found wrong or broken, that has changed, or that was never timed.
     """
-    fresh = [c for c in entry.fresh_candidates(fingerprints) if c.status == "ok" or c.code == _SLOW]
+    fresh = [c for c in entry.fresh_candidates(fingerprints) if c.right]
     timed = [c for c in fresh if c.median_us is not None and c.label != entry.label]
     timed.sort(key=lambda c: ((c.median_us or 0.0) * (1.0 if c.samples_us else _UNSURE), c.label))
     return (*(c for c in fresh if c.label == entry.label), *timed)

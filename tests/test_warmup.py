@@ -262,6 +262,11 @@ def test_what_cannot_be_planned_is_a_typed_error(tmp_path):
         plan_warmup(MODEL, 3)
     with pytest.raises(ArgumentValueError, match="device"):
         plan_warmup(MODEL, device="tpu")
+    cases = [parse_case("decode N=1")]
+    with pytest.raises(
+        ArgumentValueError, match="tier: expected one that a case of the workload is in, given smoke, 1"
+    ):
+        plan_warmup(MODEL, TP, cases, tier=Tier.SMOKE, store=Store([Layer("explicit", tmp_path, writable=True)]))
 
 
 def test_estimates_follow_what_earlier_runs_took(tmp_path):

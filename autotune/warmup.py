@@ -300,8 +300,8 @@ def plan_shards(
                 name = spec.name if len(split) == 1 else f"{shard.model} TP {shard.tp} {spec.name}"
                 alike.setdefault(frozenset(task.key.items()), []).append((name, task))
     if cases is not None and not alike:
-        among = "none is given" if not cases else f"{len(cases)} cases of tiers {', '.join(sorted({c.tier for c in cases}))}"
-        raise ArgumentValueError("tier", "one that a case of the workload is in", f"{tier or Tier.FULL}, {among}")
+        given = f"{tier or Tier.FULL}; the cases' are {', '.join(sorted({c.tier for c in cases})) or 'none'}"
+        raise ArgumentValueError("tier", "one that a case of the workload is in", given)
     listed = []
     for shared in alike.values():
         # One tuning serves all problems of a key; the largest stands for them, as that is where time is lost.

@@ -263,9 +263,7 @@ def test_what_cannot_be_planned_is_a_typed_error(tmp_path):
     with pytest.raises(ArgumentValueError, match="device"):
         plan_warmup(MODEL, device="tpu")
     cases = [parse_case("decode N=1")]
-    with pytest.raises(
-        ArgumentValueError, match="tier: expected one that a case of the workload is in, given smoke, 1"
-    ):
+    with pytest.raises(ArgumentValueError, match=r"tier: expected one that a case .* is in, given smoke; .* full"):
         plan_warmup(MODEL, TP, cases, tier=Tier.SMOKE, store=Store([Layer("explicit", tmp_path, writable=True)]))
 
 

@@ -296,7 +296,7 @@ def test_a_kernel_is_found_again_by_source_options_architecture(monkeypatch):
 
 
 def test_the_chunked_kernels_are_compiled_once_for_what_each_looks_at(monkeypatch):
-    """The first kernel is one for all configs and pools; both are compiled ahead for dense tensors."""
+    """The first kernel is one per number of heads, for all other settings and pools; the second does not look at it."""
     from isokern.backends.cupy_chunked import compiling
     from isokern.backends.cupy_chunked.backend import CupyChunked, CupyCut
     from isokern.backends.cupy_chunked.launcher import compilers
@@ -311,8 +311,9 @@ def test_the_chunked_kernels_are_compiled_once_for_what_each_looks_at(monkeypatc
                     image = compiler.image(variant)
                     assert (image.threads, image.shared) == compiler.specialization.block(compiler.kernel)
     configs = CupyChunked().configs(problem_of(DECODE))
-    assert made.count("prepare.cu") == 1
-    assert made.count("scan.cu") == 2 * len(configs) > 2
+    assert made.count("prepare.cu") == len({config["heads"] for config in configs}) == 2
+    scans = {tuple((key, value) for key, value in config.items if key != "heads") for config in configs}
+    assert made.count("scan.cu") == 2 * len(scans) > 2
     made.clear()
     cut = CupyCut().configs(problem_of(DECODE))[0]
     kernels = [compiler.kernel for compiler in compilers(problem_of(DECODE), cut, CupyCut.pieces)]

@@ -518,8 +518,8 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
     ),
     "an empty sequence computed": (
         "kernels/scan.cu",
-        "if (task.sequence.length <= 0) return;",
-        "if (task.sequence.length < 0) return;",
+        "if (task.sequence.length <= 0) return wait_for_previous();",
+        "if (task.sequence.length < 0) return wait_for_previous();",
         "values",
         "separate slots",
         "each",

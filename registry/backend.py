@@ -186,6 +186,14 @@ class Backend(ABC):
         """Files whose contents decide what the kernel does (helpers included); feeds the fingerprint."""
         return (Path(inspect.getfile(type(self))),)
 
+    def shared_sources(self) -> Sequence[Path]:
+        """Those of :meth:`sources` that belong to no kernel: how all of them are launched, say.
+
+        They decide whether a call is right, and cost all backends alike that share them: what was measured with others
+        still says which is faster.
+        """
+        return ()
+
     def toolchain(self) -> Mapping[str, str]:
         """Versions of what compiles the kernel, by name, without importing it.
 
@@ -198,11 +206,14 @@ class Backend(ABC):
         return {}
 
     def source_fingerprint(self) -> str:
-        """Changes with the source alone, whatever compiles it: the part of :meth:`fingerprint` that is equal elsewhere.
+        """Changes with the kernel's own source alone, whatever compiles and launches it.
 
-        Shipped tables are read by it: they were measured with other versions of the toolchain than are installed.
+        Shipped tables are read by it: they were measured with other versions of the toolchain than are installed, and
+        a change that all backends share does not make them stale, as it does what a machine has measured itself.
         """
-        return fingerprint_files(self.sources(), {n: b.source_fingerprint() for n, b in self.parts().items()})
+        shared = set(self.shared_sources())
+        own = [file for file in self.sources() if file not in shared]
+        return fingerprint_files(own, {n: b.source_fingerprint() for n, b in self.parts().items()})
 
     def fingerprint(self) -> str:
         """Changes whenever the kernel could have: stored beside its samples, checked before they are reused."""

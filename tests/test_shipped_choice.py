@@ -445,6 +445,32 @@ class TestSources:
         Compiled.path.write_text("two")
         assert backend.source_fingerprint() != part
 
+    @pytest.mark.parametrize("name", ["triton", "cupy", "numba_cuda", "cupy_chunked", "triton_chunked"])
+    def test_how_all_kernels_are_launched_changes_the_fingerprint_and_not_its_source_part(self, name, tmp_path):
+        from isokern.backends import launch
+
+        backend = Registry(load_plugins=False).backends(OP)[name]
+        shared, own = tmp_path / "launcher.py", tmp_path / "kernel.cu"
+        own.write_text("one")
+        assert set(backend.shared_sources()) == set(launch.sources()) < set(backend.sources())
+
+        class Edited(type(backend)):
+            def sources(self):
+                return (own, shared)
+
+            def shared_sources(self):
+                return (shared,)
+
+        prints = []
+        for text in ("one", "two"):
+            shared.write_text(text)
+            prints.append((Edited().fingerprint(), Edited().source_fingerprint()))
+        (whole, part), (whole_after, part_after) = prints
+        assert whole_after != whole
+        assert part_after == part
+        own.write_text("two")
+        assert Edited().source_fingerprint() != part
+
     def test_that_of_a_composite_changes_with_the_source_of_its_parts_and_with_no_version(self):
         from isokern.backends.composite.backend import Composite
 

@@ -66,6 +66,9 @@ class Cupy(Backend):
         names = ("arguments.py", "backend.py", "compiling.py", "launcher.py", "specialization.py")
         return (*(folder / name for name in names), *sorted((folder / "kernels").iterdir()), *launch.sources())
 
+    def shared_sources(self) -> Sequence[Path]:
+        return launch.sources()
+
     def toolchain(self) -> Mapping[str, str]:
         found = {}
         # The wheel is named after the CUDA version it is built for.

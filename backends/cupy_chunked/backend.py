@@ -110,6 +110,9 @@ class CupyChunked(Backend):
         )
         return (*(here / name for name in names), *kernels, shared / "compiling.py", *launch.sources())
 
+    def shared_sources(self) -> Sequence[Path]:
+        return launch.sources()
+
     def toolchain(self) -> Mapping[str, str]:
         return Cupy().toolchain()
 

@@ -14,5 +14,8 @@ __all__ = ["sources"]
 
 
 def sources() -> Sequence[Path]:
-    """Files that decide what a prepared launch passes to a kernel; part of every GPU backend's fingerprint."""
+    """Files that decide what a prepared launch passes to a kernel; part of every GPU backend's fingerprint.
+
+    They belong to no kernel: shipped tables outlive their edits (``Backend.shared_sources``).
+    """
     return tuple(sorted(Path(__file__).parent.glob("*.py")))

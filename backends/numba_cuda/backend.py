@@ -68,5 +68,8 @@ class NumbaCuda(Backend):
     def sources(self) -> Sequence[Path]:
         return (*sorted(Path(__file__).parent.glob("*.py")), *launch.sources())
 
+    def shared_sources(self) -> Sequence[Path]:
+        return launch.sources()
+
     def toolchain(self) -> Mapping[str, str]:
         return {name: metadata.version(name) for name in ("numba", "numba-cuda", "cuda-core")}

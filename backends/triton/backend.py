@@ -79,5 +79,8 @@ class Triton(Backend):
         folder = Path(__file__).parent
         return (*(folder / name for name in _SOURCES), *launch.sources())
 
+    def shared_sources(self) -> Sequence[Path]:
+        return launch.sources()
+
     def toolchain(self) -> Mapping[str, str]:
         return {"triton": metadata.version("triton")}

@@ -72,3 +72,6 @@ class TritonChunked(Triton):
     def sources(self) -> Sequence[Path]:
         here, shared = Path(__file__).parent, Path(__file__).parents[1] / "triton"
         return (*(here / name for name in _SOURCES), *(shared / name for name in _SHARED), *launch.sources())
+
+    def shared_sources(self) -> Sequence[Path]:
+        return launch.sources()

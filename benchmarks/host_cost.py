@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.util
+import itertools
 import json
 import random
 import statistics
@@ -43,6 +44,7 @@ from isokern.registry.ops.fused_sigmoid_gating.call import TENSORS, Call
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.entry import Entry
 from isokern.registry.ops.fused_sigmoid_gating.guards import is_current_stream_capturing
+from isokern.registry.ops.fused_sigmoid_gating.op import FusedSigmoidGating
 from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
 from isokern.registry.ops.fused_sigmoid_gating.torch_settings import Settings, settings_of
 
@@ -54,6 +56,8 @@ OWN_AT = 4
 CALLS, ROUNDS = 100, 25
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+#: Tokens more than in the mixed batch, in batches of its profile that are each met anew.
+OTHER_SIZES = range(1, 33)
 #: A C function of any arguments that does nothing and returns 0 (``FE_TONEAREST``): a launch without its launch.
 NOTHING = "fegetround"
 
@@ -283,12 +287,26 @@ def of_backend(backend: str, spec: CaseSpec) -> list[Timed]:
 
 
 def of_mixed() -> list[Timed]:
-    """Whole calls of a mixed batch."""
+    """Whole calls of a mixed batch: one that was met before, and one of a number of tokens that was not."""
     kwargs, _ = call_of(MIXED)
-    return [
-        Timed(implementation, site_of(op, kwargs, backend), backend)
-        for (implementation, backend), op in mixed_ops(unlaunched_driver()).items()
-    ]
+    others = [call_of(MIXED.but(lengths=(*MIXED.lengths[:-1], MIXED.lengths[-1] + i)))[0] for i in OTHER_SIZES]
+    timed = []
+    for (implementation, backend), op in mixed_ops(unlaunched_driver()).items():
+        timed.append(Timed(implementation, site_of(op, kwargs, backend), backend))
+        sites = [site_of(op, each, backend) for each in others]
+        timed.append(Timed(f"{implementation}, sizes not met before", _not_met_before(op, sites), backend))
+    return timed
+
+
+def _not_met_before(op: FusedSigmoidGating, sites: list[Run]) -> Run:
+    """The calls in turn, each as if it was the first of its sizes: decided and compiled, but not remembered."""
+    turns = itertools.cycle(sites)
+
+    def run() -> None:
+        op.entries.clear()
+        next(turns)()
+
+    return run
 
 
 def common(spec: CaseSpec, sglang: Path | None) -> list[Timed]:

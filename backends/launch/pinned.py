@@ -7,6 +7,7 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -184,11 +185,10 @@ def _fill(layout: Layout) -> Callable[..., None]:
     One ``struct`` for all of them where nothing but zeros lies between, a loop where strides do. The format is the
     machine's own: ``P`` takes a third less time than ``q``.
     """
-    at = [place for _, place in layout.places]
-    gaps = [b - a - _WORD for a, b in pairwise(at)]
-    between = [layout.block[a + _WORD : b] for a, b in pairwise(at)]
-    if all(gap >= 0 for gap in gaps) and not any(map(any, between)):
-        return struct.Struct("@P" + "".join(f"{gap}xP" for gap in gaps)).pack_into
+    at = tuple(place for _, place in layout.places)
+    pack = _struct_of(at)
+    if pack is not None and not any(any(layout.block[a + _WORD : b]) for a, b in pairwise(at) if b - a > _WORD):
+        return pack
     places = [place // _WORD for place in at]
 
     def fill(words: array[int], _first: int, *addresses: int) -> None:
@@ -196,3 +196,12 @@ def _fill(layout: Layout) -> Callable[..., None]:
             words[place] = address
 
     return fill
+
+
+@lru_cache(maxsize=256)
+def _struct_of(at: tuple[int, ...]) -> Callable[..., None] | None:
+    """Writes words at these bytes, counted from the first one's, and zeros between them; None if they do not ascend."""
+    gaps = [b - a - _WORD for a, b in pairwise(at)]
+    if any(gap < 0 for gap in gaps):
+        return None
+    return struct.Struct("@P" + "".join(f"{gap}xP" for gap in gaps)).pack_into

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .problem import Intermediates, Problem, StateLayout, Strides, Update
@@ -117,6 +119,8 @@ class Call:
     @cached_property
     def longest(self) -> int | None:
         """Longest length if the host knows it (from the lengths, or as the caller's ``max_seqlen``)."""
+        if self.layout is not None:
+            return self.layout.longest
         if self.lengths_on_host:
             offsets = self.offsets
             return max((y - x for x, y in pairwise(offsets)), default=0)
@@ -152,7 +156,7 @@ class Call:
 
         if not torch.is_grad_enabled():
             return False
-        return any(t.requires_grad for t in self.tensors().values())
+        return any(t is not None and t.requires_grad for t in _tensors_of(self))
 
     def strides(self) -> Strides:
         """How packed the floating-point tensors are; see :data:`Strides`."""
@@ -221,8 +225,11 @@ class Call:
             lengths_on_host=self.lengths_on_host,
             strides=self.strides(),
             grad=self.requires_grad(),
-            profile=VarlenProfile.of(self.n, tokens, self.longest),
+            profile=VarlenProfile.of(self.n, tokens, self.longest) if self.layout is None else self.layout.profile,
         )
+
+
+_tensors_of: Callable[[Call], tuple[torch.Tensor | None, ...]] = attrgetter(*TENSORS)
 
 
 def _heads_packed(a: torch.Tensor, is_kda: bool) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 
-from ...backend import Pinnable, PinnableByLayout, Pinned, PinnedByLayout, Runner
+from ...backend import Pinned, PinnedByLayout, Runner
 from ...decision import Decision
 from ...dispatch import Bound
 from ...overrides import Override, active
@@ -27,6 +27,8 @@ __all__ = ["Entry", "pin"]
 
 #: Where a step's own tensors are among TENSORS: A_log to read_slots.
 _OF_STEPS = list(range(TENSORS.index("write_slots")))
+
+_tensors_of: Callable[[Call], tuple[Any, ...]] = attrgetter(*TENSORS)
 
 Reshape = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -187,6 +189,17 @@ class Entry:
             problem=problem,
         )
 
+    def run(self, call: Call) -> torch.Tensor:
+        """Run ``call``, which this was made of; raises what the runner raises."""
+        if self.pinned is not None:
+            self.pinned(_tensors_of(call))
+        elif self.laid is not None:
+            self.laid(_tensors_of(call), call.layout)
+        else:
+            return self.runner(call)  # type: ignore[no-any-return]
+        assert call.out is not None, "pinned calls have an output"
+        return call.out
+
     def takes_layout(self, layout: SequenceLayout) -> bool:
         """Whether another layout of as many sequences is as valid, and is decided alike; remembered if so."""
         if self.host_lengths or layout.profile != self.profile:
@@ -223,15 +236,18 @@ def _reshape(given: Mapping[str, Any], call: Call) -> Reshape | None:
 
 
 def pin(runner: object, call: Call) -> Pinned | None:
-    """The runner pinned to calls like ``call``, which has its output; None where it cannot be."""
-    return runner.pin(call) if call.out is not None and isinstance(runner, Pinnable) else None
+    """The runner pinned to calls like ``call``, which has its output; None where it cannot be (see ``Pinnable``)."""
+    # To ask whether something has a Protocol's method takes 15 us.
+    offered: Callable[[Call], Pinned | None] | None = getattr(runner, "pin", None)
+    return None if call.out is None or offered is None else offered(call)
 
 
 def pin_by_layout(runner: object, call: Call) -> PinnedByLayout | None:
-    """The same for calls that have a SequenceLayout, of a runner that needs it."""
-    if call.out is None or call.layout is None or not isinstance(runner, PinnableByLayout):
+    """The same for calls that have a SequenceLayout, of a runner that needs it (see ``PinnableByLayout``)."""
+    if call.out is None or call.layout is None:
         return None
-    return runner.pin_by_layout(call)
+    offered: Callable[[Call], PinnedByLayout | None] | None = getattr(runner, "pin_by_layout", None)
+    return None if offered is None else offered(call)
 
 
 def _nothing(tensors: tuple[Any, ...]) -> None:

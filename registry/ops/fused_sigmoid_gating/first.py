@@ -66,7 +66,7 @@ class FirstCalls:
             result = dispatcher.spec.allocate(call) if call.out is None else call.out
         else:
             try:
-                result = bound.runner(call)
+                result = bound.runner(call) if entry is None else entry.run(call)
             except IsokernError:
                 raise
             except Exception as error:

@@ -8,6 +8,7 @@ is not part of torch's public interface: what it makes is looked at once before 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ Maker = Callable[[torch.Tensor], torch.Tensor]
 def output_maker(v: torch.Tensor, dtype: torch.dtype) -> Maker:
     """What makes packed tensors of v's shape on v's device, whichever device is current and however v lies."""
     shape, device = tuple(v.shape), v.device
-    strides = torch.empty(shape, device="meta").stride()
+    strides = _packed(shape)
     direct = _direct(device.type)
-    if direct is not None and _works(direct, shape, strides, dtype, device.type):
+    if direct is not None and _works(direct, device.type):
         index = device.index
         if device.type == "cpu" or torch.cuda.device_count() == 1:
             return lambda v: direct(shape, strides, dtype)
@@ -40,6 +41,15 @@ def output_maker(v: torch.Tensor, dtype: torch.dtype) -> Maker:
     return lambda v: torch.empty(shape, dtype=dtype, device=device)
 
 
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides that torch gives a tensor of this shape."""
+    strides, step = [0] * len(shape), 1
+    for i in range(len(shape) - 1, -1, -1):
+        strides[i] = step
+        step *= max(1, shape[i])
+    return tuple(strides)
+
+
 def _direct(device_type: str) -> Any:
     """torch's allocation by sizes, strides and dtype; None where it has none."""
     try:
@@ -49,10 +59,12 @@ def _direct(device_type: str) -> Any:
     return getattr(guards, f"_empty_strided_{device_type}", None)
 
 
-def _works(direct: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, kind: str) -> bool:
+@cache
+def _works(direct: Any, device_type: str) -> bool:
+    shape, strides, dtype = (2, 1, 3), (3, 3, 1), torch.bfloat16
     try:
         made = direct(shape, strides, dtype)
     except (TypeError, RuntimeError):
         return False
     properties = (tuple(made.shape), made.stride(), made.dtype, made.device.type, made.requires_grad)
-    return properties == (shape, strides, dtype, kind, False)
+    return properties == (shape, strides, dtype, device_type, False)

@@ -5,8 +5,9 @@
     print(agreement.reason)
 
 Kernels that differ between ranks differ in rounding, and a step that one rank takes longer for keeps all others
-waiting. Each rank sends one message of fixed size in one collective: what it would choose, as a content hash, or
-why it cannot say. The collective is issued whatever happened before it, so no rank waits for one that gave up.
+waiting. Each rank sends one message of fixed size in one collective: what it would choose, as content hashes of its
+tuned choices and of the tables it was shipped with, or why it cannot say. The collective is issued whatever happened
+before it, so no rank waits for one that gave up.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from .plugins import missing_modules
 if TYPE_CHECKING:
     from ..cache.environment import Environment
     from ..cache.plan import Plan
+    from ..cache.sealed import ReadTables
     from ..cache.store import Store
     from .core import Registry
 
 __all__ = ["Agreement", "DisagreementError", "RankState", "Standing", "agree"]
 
-#: Bytes of one rank's message: three hashes and a sentence.
+#: Bytes of one rank's message: four hashes and a sentence.
 MESSAGE_BYTES = 4096
 _DETAIL_CHARACTERS = 300  # of the sentence are sent; escaped, one is at most 12 bytes
 
@@ -60,6 +62,7 @@ class RankState:
     Attributes:
         standing: see :class:`Standing`.
         choices: content hash of everything it would choose by plan or store; "" if it failed.
+        tables: content hash of the shipped tables; "" where there are none, or if it failed.
         basis: hash of what decides without tuned choices: ops, backends with their sources and missing modules,
             environment overrides; "" if it failed.
         environment: hash of its device and versions; "" if it failed.
@@ -68,6 +71,7 @@ class RankState:
 
     standing: Standing
     choices: str
+    tables: str
     basis: str
     environment: str
     detail: str
@@ -96,16 +100,18 @@ class Agreement:
         rank: this one. ranks: what each said, by rank.
         content_hash: of the plan that all now follow; "" where tuned choices are not used.
         reason: one sentence, which ``explain`` repeats.
+        tables: whether what no plan decides goes by shipped tables, which all ranks have alike.
     """
 
     rank: int
     ranks: tuple[RankState, ...]
     content_hash: str
     reason: str
+    tables: bool
 
     @property
     def ok(self) -> bool:
-        """Whether all ranks follow the same plan; if not, all use the heuristic order."""
+        """Whether all ranks follow the same plan; if not, all do without tuned choices."""
         return bool(self.content_hash)
 
 
@@ -113,8 +119,9 @@ def agree(registry: Registry, process_group: Any = None, device: str | None = No
     """Compare tuned choices over the ranks; from now on all use the same ones, or none.
 
     Collective: every rank of the group must call it, and does so once. If all would choose alike, what they would
-    choose is pinned as a plan and the stores are read no more; else no rank uses plans or stores. Calling it again
-    compares anew what the stores then hold.
+    choose is pinned as a plan and the stores are read no more; else no rank uses plans or stores. What is left goes by
+    the shipped tables as they are now, if all ranks have the same ones and the same environment, and then by the
+    heuristic order. Calling it again compares anew what the stores then hold.
 
     Args:
         process_group: None takes the default group, or just this process if there is none.
@@ -133,23 +140,26 @@ def agree(registry: Registry, process_group: Any = None, device: str | None = No
     if sealed is not None:
         store, pinned = sealed.store, sealed.plan
     plan: Plan | None = None
+    tables: ReadTables | None = None
     try:
         store.refresh()
-        state, plan = _look(registry, store, pinned, device or _device())
+        state, plan, tables = _look(registry, store, pinned, device or _device())
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait; it goes into everyone's reason
-        state = RankState(Standing.FAILED, "", "", "", f"{type(error).__name__}: {error}")
+        state = RankState(Standing.FAILED, "", "", "", "", f"{type(error).__name__}: {error}")
     ranks = exchange.all_gather(state)
     _require_one_basis(ranks)
-    unlike = [i for i, rank in enumerate(ranks) if not rank.same_as(ranks[0])]
-    if plan is None or unlike:
+    shared = bool(ranks[0].tables) and len({(rank.tables, rank.environment) for rank in ranks}) == 1
+    kept = tables if shared else None
+    if plan is None or any(not rank.same_as(ranks[0]) for rank in ranks):
         registry.pin(None)
-        reason = _disagreement(ranks)
-        registry.use_store(SealedStore(store, pinned, reason))
-        return Agreement(exchange.rank, ranks, "", reason)
+        reason = _disagreement(ranks, shared)
+        registry.use_store(SealedStore(store, pinned, reason, kept))
+        return Agreement(exchange.rank, ranks, "", reason, shared)
     registry.pin(plan)
     agreed = f"plan {plan.content_hash}, which {len(ranks)} {'ranks have' if len(ranks) > 1 else 'rank has'} agreed on"
-    registry.use_store(SealedStore(store, pinned, f"not in {agreed}"))
-    return Agreement(exchange.rank, ranks, plan.content_hash, f"all follow {agreed} ({ranks[0].detail})")
+    registry.use_store(SealedStore(store, pinned, f"not in {agreed}", kept))
+    reason = f"all follow {agreed} ({ranks[0].detail}{_of_tables(ranks, shared)})"
+    return Agreement(exchange.rank, ranks, plan.content_hash, reason, shared)
 
 
 def _device() -> str:
@@ -161,8 +171,9 @@ def _device() -> str:
 # ---- what this rank has
 
 
-def _look(registry: Registry, store: Store, pinned: Plan | None, device: str) -> tuple[RankState, Plan]:
+def _look(registry: Registry, store: Store, pinned: Plan | None, device: str) -> tuple[RankState, Plan, ReadTables]:
     from ..cache.plan import Plan
+    from ..cache.sealed import ReadTables
 
     environment = registry.environment(device)
     prints = {op: {name: registry.fingerprint(op, name) for name in registry.backends(op)} for op in registry.names()}
@@ -179,7 +190,10 @@ def _look(registry: Registry, store: Store, pinned: Plan | None, device: str) ->
         standing, detail = Standing.CHOICES, f"{len(chosen)} choices"
     else:
         standing, detail = Standing.NONE, "nothing tuned for this environment"
-    return RankState(standing, plan.content_hash, _basis(registry, prints), environment.hash, detail), plan
+    tables = ReadTables(store, environment)
+    basis = _basis(registry, prints)
+    state = RankState(standing, plan.content_hash, tables.content_hash, basis, environment.hash, detail)
+    return state, plan, tables
 
 
 def _damaged(store: Store, environment: Environment) -> str:
@@ -262,8 +276,8 @@ def _numbers(ranks: tuple[RankState, ...], basis: str) -> str:
     return ", ".join(str(i) for i, rank in enumerate(ranks) if rank.basis == basis)
 
 
-def _disagreement(ranks: tuple[RankState, ...]) -> str:
-    """What the majority has, and how each other rank differs from it."""
+def _disagreement(ranks: tuple[RankState, ...], shared: bool) -> str:
+    """What the majority has, and how each other rank differs from it. ``shared``: the tables count."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, rank in enumerate(ranks):
         groups.setdefault((rank.standing, rank.choices, rank.environment), []).append(i)
@@ -273,4 +287,12 @@ def _disagreement(ranks: tuple[RankState, ...]) -> str:
         who = f"rank{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}"
         what = f"{one.standing.value} {one.choices}".rstrip()
         parts.append(f"{who}: {what} ({one.detail})")
-    return f"the ranks' tuned choices differ, so all use the heuristic order: {'; '.join(parts)}"
+    use = "what isokern ships and the heuristic order" if shared else "the heuristic order"
+    return f"the ranks' tuned choices differ, so all use {use}: {'; '.join(parts)}{_of_tables(ranks, shared)}"
+
+
+def _of_tables(ranks: tuple[RankState, ...], shared: bool) -> str:
+    """What is said where shipped tables are there and do not count."""
+    if shared or not any(rank.tables for rank in ranks):
+        return ""
+    return "; shipped tables are not used: the ranks have others, or other environments"

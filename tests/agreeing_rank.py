@@ -1,10 +1,12 @@
 """One rank of the job in test_agree.py: plays every scenario in turn and writes down what it decided.
 
-Usage: agreeing_rank.py FOLDER RANK RANKS. A scenario's stores lie in FOLDER/<scenario>/<rank>.
+Usage: agreeing_rank.py FOLDER RANK RANKS. A scenario's stores lie in FOLDER/<scenario>/<rank>, what was shipped with
+the package in FOLDER/<scenario>/<rank>/shipped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -13,10 +15,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from isokern.cache import CandidateRecord, Choice, Entry, Layer, Plan, Store
+from isokern.cache.environment import Environment
 from isokern.registry import Accepted, Backend, Config, DisagreementError, Registry
 from isokern.registry.agreement import agree
 
 KEYS = (1, 2, 3)
+SHIPPED_KEYS = (2, 7, 9)
 SCENARIOS = (
     "equal",
     "one_chose_otherwise",
@@ -27,6 +31,10 @@ SCENARIOS = (
     "one_pins_what_others_stored",
     "one_forces_a_backend",
     "all_share_a_damaged_store",
+    "equal_tables_alone",
+    "equal_tables_and_stores",
+    "one_ships_others",
+    "equal_tables_and_one_chose_otherwise",
 )
 
 
@@ -77,14 +85,28 @@ def registry_at(root: Path, quick=Quick) -> Registry:
     registry.register_op(TOY.toy_spec())
     registry.register_backend(Plain())
     registry.register_backend(quick())
-    registry.use_store(Store([Layer("user", root, writable=True)]))
+    layers = [Layer("user", root, writable=True)]
+    if (root / "shipped").exists():
+        layers.append(Layer("shipped", root / "shipped"))
+    registry.use_store(Store(layers))
     return registry
 
 
 def choose(root: Path, tile: int, keys=KEYS) -> None:
     """Fill a store: ``quick[tile]`` for every key, where the heuristic order would take tile 4."""
     registry = registry_at(root)
-    environment = registry.environment("cpu")
+    fill(Store([Layer("user", root, writable=True)]), registry, registry.environment("cpu"), tile, keys)
+
+
+def ship(root: Path, tile: int, keys=SHIPPED_KEYS) -> None:
+    """The same as a shipped table, made on this silicon with another torch."""
+    registry = registry_at(root)
+    there = dataclasses.replace(registry.environment("cpu"), versions=(("torch", "2.7.0"),))
+    fill(Store([Layer("shipped", root / "shipped", writable=True)]), registry, there, tile, keys)
+
+
+def fill(store: Store, registry: Registry, environment: Environment, tile: int, keys) -> None:
+    source = registry.source_fingerprints("toy")["quick"]
     for n in keys:
         config = {"tile": tile}
         entry = Entry(
@@ -97,7 +119,9 @@ def choose(root: Path, tile: int, keys=KEYS) -> None:
             margin_over_default=None,
             rule="planted",
             candidates=(
-                CandidateRecord("quick", config, "ok", fingerprint=registry.fingerprint("toy", "quick")),
+                CandidateRecord(
+                    "quick", config, "ok", fingerprint=registry.fingerprint("toy", "quick"), source=source
+                ),
             ),
             measured={
                 "policy": "eager",
@@ -109,7 +133,7 @@ def choose(root: Path, tile: int, keys=KEYS) -> None:
             },
             environment=environment.hash,
         )  # fmt: skip
-        registry.store.put(entry, environment)
+        store.put(entry, environment)
 
 
 def play(scenario: str, root: Path, rank: int) -> dict:
@@ -130,15 +154,20 @@ def play(scenario: str, root: Path, rank: int) -> dict:
     decision = registry.dispatcher("toy").decide(TOY.Size(2))
     missed = registry.dispatcher("toy").decide(TOY.Size(7))
     choose(root, 4)  # tuned by somebody else meanwhile
+    if (root / "shipped").exists():
+        ship(root, 4, (*SHIPPED_KEYS, 11))  # and another version installed
     registry.refresh()
+    later_missed = [registry.dispatcher("toy").decide(TOY.Size(n)) for n in (9, 11)]  # asked for the first time
     later = registry.dispatcher("toy").decide(TOY.Size(2))
     return {
         "ok": agreement.ok,
+        "tables": agreement.tables,
+        "later_missed": [[found.rule.value, found.config] for found in later_missed],
         "hash": agreement.content_hash,
         "reason": agreement.reason,
         "standings": [state.standing.value for state in agreement.ranks],
         "chose": [decision.backend, decision.config, decision.rule.value, decision.detail, list(decision.notes)],
-        "missed": [missed.backend, missed.rule.value, list(missed.notes)],
+        "missed": [missed.backend, missed.rule.value, list(missed.notes), missed.config],
         "later": [later.backend, later.config],
         "again": agree(registry, device="cpu").ok,
     }

@@ -20,6 +20,7 @@ from isokern.registry.agreement import MESSAGE_BYTES, RankState, Standing, agree
 from isokern.registry.explain import render
 
 RANKS = 4
+NOTHING_TUNED = ("nobody_has_any", "equal_tables_alone", "one_ships_others")
 SCRIPT = Path(__file__).with_name("agreeing_rank.py")
 
 
@@ -41,11 +42,13 @@ def job(tmp_path_factory):
     for scenario in rank_script.SCENARIOS:
         for rank in range(RANKS):
             root = folder / scenario / str(rank)
-            if scenario == "nobody_has_any" or (scenario, rank) == ("one_has_none", 3):
+            if "tables" in scenario or "ships" in scenario:
+                rank_script.ship(root, tile=4 if (scenario, rank) == ("one_ships_others", 1) else 8)
+            if scenario in NOTHING_TUNED or (scenario, rank) == ("one_has_none", 3):
                 continue
             if (scenario, rank) == ("one_pins_what_others_stored", 2):
                 continue
-            rank_script.choose(root, tile=4 if (scenario, rank) == ("one_chose_otherwise", 2) else 8)
+            rank_script.choose(root, tile=4 if scenario.endswith("one_chose_otherwise") and rank == 2 else 8)
             if scenario == "all_share_a_damaged_store" or (scenario, rank) == ("one_is_corrupt", 1):
                 victim = sorted(root.rglob("entries/toy/*.json"))[0]
                 victim.write_bytes(victim.read_bytes()[:100])
@@ -114,6 +117,43 @@ def test_a_pinned_plan_counts_like_a_store_with_the_same_choices(job):
         assert rank["chose"][:3] == ["quick", {"tile": 8}, "plan"]
 
 
+def test_equal_shipped_tables_count_where_nothing_was_tuned(job):
+    for rank in seen(job, "equal_tables_alone"):
+        assert (rank["ok"], rank["tables"]) == (True, True)
+        assert rank["chose"][:3] == ["quick", {"tile": 8}, "tuned-shipped"]
+        assert (rank["missed"][1], rank["missed"][3]) == ("tuned-shipped", {"tile": 8})
+
+
+def test_the_plan_that_ranks_agree_on_comes_before_their_tables(job):
+    for rank in seen(job, "equal_tables_and_stores"):
+        assert (rank["ok"], rank["tables"]) == (True, True)
+        assert rank["chose"][2] == "plan"
+        assert (rank["missed"][1], rank["missed"][3]) == ("tuned-shipped", {"tile": 8}), "it is not in the plan"
+
+
+def test_ranks_without_a_common_plan_go_by_the_tables_they_have_in_common(job):
+    for rank in seen(job, "equal_tables_and_one_chose_otherwise"):
+        assert (rank["ok"], rank["tables"]) == (False, True)
+        assert rank["chose"][:3] == ["quick", {"tile": 8}, "tuned-shipped"]
+        assert "all use what isokern ships and the heuristic order" in rank["reason"]
+
+
+def test_tables_that_one_rank_has_otherwise_count_for_none(job):
+    for rank in seen(job, "one_ships_others"):
+        assert (rank["ok"], rank["tables"]) == (True, False)
+        assert rank["chose"][:3] == ["quick", {"tile": 4}, "heuristic"]
+        assert "shipped tables are not used: the ranks have others" in rank["reason"]
+        assert "4 ranks have agreed on" in rank["chose"][4][0]
+
+
+def test_a_package_that_is_updated_under_a_running_job_changes_nothing(job):
+    for scenario in ("equal_tables_alone", "equal_tables_and_stores", "equal_tables_and_one_chose_otherwise"):
+        for rank in seen(job, scenario):
+            as_shipped, shipped_since = rank["later_missed"]
+            assert as_shipped == ["tuned-shipped", {"tile": 8}]
+            assert shipped_since == ["heuristic", {"tile": 4}]
+
+
 def test_one_damaged_store_shared_by_all_is_still_one_store(job):
     for rank in seen(job, "all_share_a_damaged_store"):
         assert rank["ok"]
@@ -139,7 +179,7 @@ def test_a_process_alone_agrees_with_itself(tmp_path):
 
 
 def test_the_message_has_one_size_whatever_the_reason_is():
-    states = [RankState(Standing.FAILED, "", "", "", detail) for detail in ("", "x" * 10_000, "\U0001f600\n" * 5_000)]
+    states = [RankState(Standing.FAILED, *[""] * 4, detail) for detail in ("", "x" * 10_000, "\U0001f600\n" * 5_000)]
     messages = [state.to_message() for state in states]
     assert [len(message) for message in messages] == [MESSAGE_BYTES] * 3
     assert [RankState.from_message(message).standing for message in messages] == [Standing.FAILED] * 3

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import ArgumentValueError, IsokernError, UnknownNameError
+from .registry.ops.fused_sigmoid_gating.workload_case import Policy
 
 __all__ = ["app", "main"]
 
@@ -48,7 +49,10 @@ def import_backends(targets: list[str] | None) -> None:
 
     for target in targets or ():
         if not target.endswith(".py"):
-            import_module(target)
+            try:
+                import_module(target)
+            except ImportError as error:
+                raise ArgumentValueError("--import", "a module that can be imported", f"{target}: {error}") from error
         elif Path(target).is_file():
             import_origin(Origin(Path(target).stem, str(Path(target).resolve())))
         else:
@@ -82,6 +86,7 @@ def explain(
     device: DeviceOption = "auto",
     backend: Annotated[str | None, typer.Option(help="as if called with backend=")] = None,
     accuracy: Annotated[str | None, typer.Option(help="as if under registry.use(..., accuracy=)")] = None,
+    policy: Annotated[Policy, typer.Option(help="as launched from the host, or inside a CUDA graph")] = Policy.EAGER,
     root: RootOption = None,
     imports: ImportOption = None,
 ) -> None:
@@ -95,22 +100,26 @@ def explain(
         registry.use_store(Store.default(root))
     dispatcher = registry.default.dispatcher(OP)
     with nullcontext() if accuracy is None else registry.use(OP, accuracy=accuracy):
-        problem = dispatcher.under_policy(_problem(model, tp, case, device))
+        problem = dispatcher.under_policy(_problem(model, tp, case, device, policy))
         decision = dispatcher.decide(problem, backend)
     out = console()
     for part in explanation(decision, registry.default, problem):
         out.print(part, markup=False, highlight=False)
 
 
-def _problem(model: str, tp: int, case: str, device: str) -> object:
+def _problem(model: str, tp: int, case: str, device: str, policy: Policy) -> object:
     from . import registry
+    from .autotune.warmup import arch_of
     from .registry.ops.fused_sigmoid_gating.catalogue import model as lookup
     from .registry.ops.fused_sigmoid_gating.concrete import concrete
     from .registry.ops.fused_sigmoid_gating.describe import describe
     from .registry.ops.fused_sigmoid_gating.workload_case import parse_case
 
     registry.spec(OP)
-    return describe(concrete(lookup(model).shard(tp), parse_case(case)), _device(device))
+    spec, kind = concrete(lookup(model).shard(tp), parse_case(case)), _device(device)
+    if kind == "cpu" and policy is Policy.GRAPH:
+        raise ArgumentValueError("--policy", "eager on a CPU, which has no graphs", policy.value)
+    return describe(spec, kind, arch_of(registry.default.environment(kind)), policy.value)
 
 
 def _device(name: str) -> str:

@@ -21,6 +21,7 @@ from ..cache.entry import Entry
 from ..cache.environment import Environment
 from .candidates import admit
 from .fleet_member import MemberConfig
+from .fleet_ranks import key_of
 from .merge import take_over
 from .progress import Progress
 from .prove import Proof
@@ -87,7 +88,7 @@ def plan_for(plan: WarmupPlan, environment: Environment) -> WarmupPlan:
 
 @dataclass(slots=True)
 class _Field:
-    """One environment's share of the fleet."""
+    """One environment's share of the fleet; ``reports`` by the problems' keys."""
 
     plan: WarmupPlan
     queue: deque[Unit]
@@ -95,6 +96,10 @@ class _Field:
     reports: dict[str, ProblemReport] = field(default_factory=dict)
     lost: dict[Unit, int] = field(default_factory=dict)
     spawned: dict[int, int] = field(default_factory=dict)
+
+    def attach(self, key: str, proof: Proof) -> None:
+        if self.reports[key].entry is not None:  # else it could not be read, and the report says so
+            self.reports[key] = replace(self.reports[key], proof=proof)
 
 
 def run_fleet(
@@ -228,25 +233,27 @@ class _Coordinator:
         for planned, found in zip(unit.problems, result["results"], strict=True):
             entry, error = None, found["error"]
             if found["entry"] is not None:
+                # Readable or not: the member will prove all that it tuned, in this order.
+                self.tuned_by.setdefault(member, []).append((own, key_of(own.plan, planned)))
                 try:
                     entry = Entry.from_dict(found["entry"])
                 except InvalidRecordError as invalid:  # another version of isokern over there
                     error = f"{self.launcher.names[member]} sent an entry that cannot be read: {invalid}"
                 else:
                     take_over(self.plan.store, [(entry, own.plan.environment)])
-                    self.tuned_by.setdefault(member, []).append((own, entry.key_hash))
             self._done(own, planned, ProblemReport(planned, entry, found["seconds"], error))
 
     def _done(self, own: _Field, planned: PlannedProblem, report: ProblemReport) -> None:
-        own.reports[_name(planned)] = report
+        own.reports[key_of(own.plan, planned)] = report
         outcome = report.entry.label if report.entry else report.error.partition("\n")[0]
         self.progress.end(planned.cases[0], outcome, report.seconds)
 
     # ---- the end
 
     def _prove(self) -> None:
-        """Each member proves what it tuned, where it tuned it."""
+        """Each member proves what it tuned, where it tuned it. A proof that does not come is one that failed."""
         self.plan.registry.refresh()  # this process, too, shall dispatch what was tuned
+        silent: dict[int, str] = {}
         asked = {member for member in self.tuned_by if member not in self.gone}
         for member in sorted(asked):
             self.launcher.submit(member, "prove")
@@ -256,17 +263,17 @@ class _Coordinator:
             if "fault" in answer:
                 self._lose(member, answer["fault"])
                 continue
-            for (own, key), record in zip(self.tuned_by[member], answer["result"]["proofs"], strict=True):
-                self._attach(own, key, Proof(**record))
-        for member, tuned in self.tuned_by.items():
-            if member in self.gone:
-                for own, key in tuned:
-                    self._attach(own, key, Proof("", "", "", "", f"was not asked: {self.gone[member]}"))
-
-    def _attach(self, own: _Field, key: str, proof: Proof) -> None:
-        for name, report in own.reports.items():
-            if report.entry is not None and report.entry.key_hash == key:
-                own.reports[name] = replace(report, proof=proof)
+            tuned, proofs = self.tuned_by[member], answer["result"]["proofs"]
+            if len(proofs) != len(tuned):  # whose each is cannot be told
+                name = self.launcher.names[member]
+                silent[member] = f"may dispatch anything: {name} sent {len(proofs)} proofs for {len(tuned)} problems"
+                continue
+            for (own, key), record in zip(tuned, proofs, strict=True):
+                own.attach(key, Proof(**record))
+        silent |= {member: f"was not asked: {why}" for member, why in self.gone.items()}
+        for member in self.tuned_by.keys() & silent.keys():
+            for own, key in self.tuned_by[member]:
+                own.attach(key, Proof("", "", "", "", silent[member]))
 
     def _report(self, own: _Field) -> WarmupReport:
         if own.queue and not self._spent():
@@ -275,14 +282,10 @@ class _Coordinator:
         for planned in own.plan.problems:
             if planned.entry is not None:
                 reports.append(ProblemReport(planned, planned.entry, 0.0))
-            elif (report := own.reports.get(_name(planned))) is not None:
+            elif (report := own.reports.get(key_of(own.plan, planned))) is not None:
                 reports.append(report)
             else:
                 skipped.append(planned)
         # Each member is a process, and has its workers.
         processes = len(own.members) + sum(own.spawned.values())
         return WarmupReport(own.plan, tuple(reports), tuple(skipped), time.monotonic() - self.began, processes)
-
-
-def _name(planned: PlannedProblem) -> str:
-    return f"{planned.task.recipe.mode} {planned.task.recipe.case.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from ..errors import ArgumentValueError
 from .fleet import member_config, run_fleet
 from .fleet_process import ProcessLauncher, Slot, local_slots
 from .fleet_ranks import Exchange, claim_local_device, launched_by_torchrun, process_group, run_ranks
+from .gpu_identity import VISIBLE, visible_entries
 from .progress import Progress
 from .warmup import WarmupPlan, WarmupReport, run_warmup
 
@@ -31,7 +33,10 @@ class Venue:
 def find_venue(device: str, devices: str | None, ray: str | None) -> Venue:
     """From the command's options. Before anything asks CUDA for its devices.
 
-    Args: device: ``cpu``, ``cuda`` or ``auto``. devices: ``all``, or indices such as ``0,2``; None takes one.
+    A rank's device, and a slot that is the only one, is made all that this process sees: it is planned for and tuned
+    on like any first device.
+
+    Args: device: ``cpu``, ``cuda`` or ``auto``. devices: ``all``, or indices such as ``0,2``; None takes the first.
 
     Raises: ArgumentValueError: impossible, or two of them at once.
     """
@@ -39,10 +44,14 @@ def find_venue(device: str, devices: str | None, ray: str | None) -> Venue:
     if sum((devices is not None, ray is not None, ranks)) > 1:
         raise ArgumentValueError("--devices, --ray", "at most one of them, and none under torchrun", "several")
     if ranks:
-        if device != "cpu":
+        # Where every GPU is hidden, "auto" is the CPU.
+        if device != "cpu" and not (device == "auto" and visible_entries() == ()):
             claim_local_device()
         return Venue(ranks=True)
-    return Venue(slots=() if devices is None else local_slots(device, _indices(devices)), ray=ray)
+    slots = () if devices is None else local_slots(device, _indices(devices))
+    if len(slots) == 1 and slots[0].visible is not None:
+        os.environ[VISIBLE] = slots[0].visible
+    return Venue(slots=slots, ray=ray)
 
 
 def _indices(text: str) -> tuple[int, ...] | None:
@@ -70,9 +79,14 @@ def run_on(
 
         launcher = RayLauncher(member_config(plan, share_store=False), venue.ray)
         return run_fleet(plan, launcher, progress, budget_s=budget_s)
-    if todo and len(venue.slots) > 1:
+    if todo and _elsewhere(venue.slots):
         return run_fleet(plan, ProcessLauncher(venue.slots, member_config(plan)), progress, budget_s=budget_s)
     return (run_warmup(plan, progress, budget_s=budget_s),)
+
+
+def _elsewhere(slots: tuple[Slot, ...]) -> bool:
+    """Whether it takes other processes: for several slots, or for one that is not all that this process sees."""
+    return len(slots) > 1 or any(slot.visible not in (None, os.environ.get(VISIBLE)) for slot in slots)
 
 
 @contextmanager

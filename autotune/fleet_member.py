@@ -46,7 +46,7 @@ class MemberConfig:
 
     Attributes:
         op: name of the op. device: ``cpu`` or ``cuda``, the member's only one.
-        lock: name of the host's lock on that device (see :mod:`.device_lock`).
+        lock: the device that the host's lock is named after (see :mod:`.device_lock`), or that name.
         threads: torch's intra-op threads, on a CPU.
         layers: (name, root, writable) of the store's layers; None takes the member's own machine's.
         backends: those to choose among. origins: where a member finds those that it cannot find by name.

@@ -17,6 +17,7 @@ import psutil
 from ..errors import ArgumentValueError
 from .channel import Channel, ChannelClosedError
 from .fleet_member import MemberConfig
+from .gpu_identity import VISIBLE, physical_name, visible_entries
 
 __all__ = ["ProcessLauncher", "Slot", "local_slots"]
 
@@ -52,14 +53,15 @@ def local_slots(device: str, wanted: Sequence[int] | None = None) -> tuple[Slot,
     import torch
 
     count = torch.cuda.device_count()  # asks the driver, creates no context
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(index) for index in range(count)]
-    chosen = range(count) if wanted is None else wanted
+    entries = visible_entries()
+    names = [str(index) for index in range(count)] if entries is None else entries[:count]
+    chosen = range(len(names)) if wanted is None else wanted
     for index in chosen:
-        if not 0 <= index < count:
-            raise ArgumentValueError("--devices", f"indices below {count}, the CUDA devices of this host", str(index))
-    # The first device's lock has the name that a tuner of "cuda" takes.
-    return tuple(Slot(f"cuda:{i}", "cuda", names[i], "cuda" if i == 0 else f"cuda:{i}") for i in chosen)
+        if not 0 <= index < len(names):
+            expected = f"indices below {len(names)}, the CUDA devices of this host"
+            raise ArgumentValueError("--devices", expected, str(index))
+    # Named here, where the index means something: in the member's process every device is the first.
+    return tuple(Slot(f"cuda:{i}", "cuda", names[i], physical_name(f"cuda:{i}")) for i in chosen)
 
 
 class ProcessLauncher:
@@ -85,7 +87,7 @@ class ProcessLauncher:
             ours, theirs = socket.socketpair()
             environment = dict(os.environ)
             if slot.visible is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = slot.visible
+                environment[VISIBLE] = slot.visible
             with theirs:
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "isokern.autotune.fleet_member", str(theirs.fileno())],

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cache.entry import key_hash
 from ..cache.transfer import pack, unpack
-from ..errors import StoreError
+from ..errors import ArgumentValueError, StoreError
+from .gpu_identity import VISIBLE, visible_entries
 from .merge import parcels_of, take_over
 from .progress import Progress
 from .prove import Proof
@@ -29,7 +30,7 @@ from .worth import Unit, deal, units
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Exchange", "claim_local_device", "launched_by_torchrun", "process_group", "run_ranks"]
+__all__ = ["Exchange", "claim_local_device", "key_of", "launched_by_torchrun", "process_group", "run_ranks"]
 
 #: A rank that has little to tune waits for the one that has most; a lost one is noticed by its closed connection.
 _PATIENCE = timedelta(days=1)
@@ -41,11 +42,17 @@ def launched_by_torchrun() -> bool:
 
 
 def claim_local_device() -> None:
-    """Make the device of this rank's place on its host the only visible one. Before anything asks CUDA."""
+    """Make the device of this rank's place on its host the only visible one. Before anything asks CUDA.
+
+    Raises: ArgumentValueError: CUDA_VISIBLE_DEVICES leaves this rank none. A hidden one is somebody else's.
+    """
     index = int(os.environ.get("LOCAL_RANK", "0"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else []
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[index] if index < len(names) else str(index)
+    entries = visible_entries()
+    if entries is not None and index >= len(entries):
+        expected = "a device for each rank that --nproc-per-node starts"
+        given = f"{os.environ[VISIBLE]!r}, with {len(entries)} of them and none for LOCAL_RANK {index}"
+        raise ArgumentValueError(VISIBLE, expected, given)
+    os.environ[VISIBLE] = str(index) if entries is None else entries[index]
 
 
 @contextmanager
@@ -138,12 +145,13 @@ def _standing(plan: WarmupPlan) -> dict[str, Any]:
     """What this rank knows and would have to do."""
     return {
         "environment": plan.environment.hash,
-        "known": [_key(plan, p) for p in plan.problems if p.known],
-        "seconds": {_key(plan, p): p.estimate_s for p in plan.problems if not p.known},
+        "known": [key_of(plan, p) for p in plan.problems if p.known],
+        "seconds": {key_of(plan, p): p.estimate_s for p in plan.problems if not p.known},
     }
 
 
-def _key(plan: WarmupPlan, planned: PlannedProblem) -> str:
+def key_of(plan: WarmupPlan, planned: PlannedProblem) -> str:
+    """What ``planned`` is stored under. Names of cases tell nothing: two models' problems share them."""
     op = planned.task.recipe.op
     return key_hash(op, plan.registry.spec(op).contract_version, planned.task.key)
 
@@ -158,7 +166,7 @@ def _share(plan: WarmupPlan, everyone: Sequence[Mapping[str, Any]], rank: int) -
     open_ = [
         replace(p, entry=None, estimate_s=max(everyone[i]["seconds"].get(key, 0.0) for i in peers))
         for p in plan.problems
-        if (key := _key(plan, p)) not in known
+        if (key := key_of(plan, p)) not in known
     ]
     hand: Sequence[Unit] = deal(units(open_), len(peers))[peers.index(rank)]
     return tuple(p for unit in hand for p in unit.problems)
@@ -169,7 +177,7 @@ def _share(plan: WarmupPlan, everyone: Sequence[Mapping[str, Any]], rank: int) -
 
 def _record(plan: WarmupPlan, report: ProblemReport) -> dict[str, Any]:
     proof = None if report.proof is None else asdict(report.proof)
-    key = _key(plan, report.planned)
+    key = key_of(plan, report.planned)
     return {"key": key, "seconds": report.seconds, "error": report.error, "proof": proof}
 
 
@@ -178,7 +186,7 @@ def _whole(plan: WarmupPlan, told: Sequence[Mapping[str, Any]]) -> WarmupReport:
     entries = {entry.key_hash: entry for entry, _ in parcels_of(plan)}
     reports, skipped = [], []
     for planned in plan.problems:
-        key = _key(plan, planned)
+        key = key_of(plan, planned)
         record, entry = found.get(key), entries.get(key)
         if record is not None:
             proof = None if record["proof"] is None else Proof(**record["proof"])

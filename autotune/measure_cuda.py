@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from ..registry.backend import Pinnable, Runner
+from ..registry.backend import Runner
 from ..registry.spec import OpSpec
 from .measure import copies_to_rotate
 from .policy import MeasurePolicy
 from .recipe import ProblemRecipe
+from .repeated import repeated_call
 
 __all__ = ["CudaBandwidth", "CudaBench", "captured", "once", "peak_bandwidth"]
 
@@ -86,7 +87,7 @@ class CudaBench:
         self._moved: int = hooks.bytes_moved(self._calls[0])
         self._best: dict[str, float] = {}
         self._captured: dict[str, _Captured] = {}
-        self._pinned: dict[str, list[Callable[[], Any]]] = {}
+        self._repeated: dict[str, list[Callable[[], None]]] = {}
         self._sentinel = tuple(torch.empty(_SENTINEL_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
         # States that are rotated are cold already; only what is not rotated has to be driven out.
         flush = int(policy.flush_l2 * self._cache_bytes) if policy.cold and len(self._calls) == 1 else 0
@@ -155,7 +156,7 @@ class CudaBench:
 
     def forget(self, name: str) -> None:
         """Drop what was prepared for ``name``."""
-        for prepared in (self._captured, self._pinned, self._best):
+        for prepared in (self._captured, self._repeated, self._best):
             prepared.pop(name, None)
 
     # ---- graph
@@ -191,9 +192,9 @@ class CudaBench:
     def _eager_sample(self, name: str, runner: Runner) -> tuple[float, int]:
         best = self._best.get(name)
         launches = _EAGER_LAUNCHES if best is None else max(4, min(_EAGER_LAUNCHES, int(_EAGER_SAMPLE_S / best)))
-        runs = self._pinned.get(name)
+        runs = self._repeated.get(name)
         if runs is None:
-            runs = self._pinned[name] = [self._run_of(runner, call) for call in self._calls]
+            runs = self._repeated[name] = [repeated_call(self.spec, runner, call) for call in self._calls]
         turn = len(runs)
         self._flush.zero_()
         torch.cuda.synchronize()
@@ -202,28 +203,6 @@ class CudaBench:
             runs[i % turn]()
         torch.cuda.synchronize()
         return max(1, time.perf_counter_ns() - began) * 1e-9 / launches, launches
-
-    def _run_of(self, runner: Runner, call: Any) -> Callable[[], Any]:
-        """One eager call as the op makes it the second time: pinned where the runner can be."""
-        allocate = self.spec.allocate
-        candidate: object = runner  # any callable may be pinnable as well
-        pinned = candidate.pin(call) if isinstance(candidate, Pinnable) else None
-        if pinned is None:
-
-            def unpinned() -> None:
-                call.out = allocate(call)
-                runner(call)
-
-            return unpinned
-        names = self.spec.tensors
-        at = names.index("out")
-        tensors = [getattr(call, name) for name in names]
-
-        def repeated() -> None:
-            tensors[at] = allocate(call)
-            pinned(tuple(tensors))
-
-        return repeated
 
     def _time_sentinel(self) -> list[float]:
         source, target = self._sentinel

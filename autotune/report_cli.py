@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import StoreError
+from ..errors import ArgumentValueError, StoreError
 from ..registry.ops.fused_sigmoid_gating.workload_case import Tier
 
 __all__ = ["report"]
@@ -36,6 +36,11 @@ def report(
     from .html_report import write_report
     from .html_report_quality import load_quality
 
+    if model is None:
+        of_a_model = {"--tp": tp != 1, "--tier": tier, "--workloads": workloads, "--device": device != "auto"}
+        given = [name for name, value in (of_a_model | {"--accuracy": accuracy}).items() if value]
+        if given:
+            raise ArgumentValueError(given[0], "--model beside it, whose workload it is about", "no --model")
     if root is not None and not root.is_dir():
         raise StoreError(f"{root} is not a directory")
     store = Store.default() if root is None else Store([Layer("explicit", root.absolute(), writable=True)])

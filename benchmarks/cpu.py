@@ -2,9 +2,11 @@
 
     python benchmarks/cpu.py run [--save]
 
-Same inputs, same process, interleaved in random order, medians over rounds, state slots rotated so that they are
-cold. The transformers functions take expanded q and k and gates already computed: making those is outside their
-time here (to their advantage), and they keep no pool. Peak memory is measured in a process of its own per row.
+Same inputs, same process, interleaved in random order, medians over rounds, state slots rotated over four times what
+the last-level cache holds. A floor is the bytes that a call must move, over the best rate that a copy or an update in
+place of a set of that size reached. The transformers functions take expanded q and k and gates already computed: making
+those is outside their time here (to their advantage), and they keep no pool, so their states are warm. Peak memory is
+measured in a process of its own per row.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from rich.table import Table
 from varlen import measure as measure_varlen
 
 from isokern import registry
+from isokern.autotune.measure import Bandwidth, cache_bytes
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.describe import describe
 from isokern.registry.selection import verdicts
@@ -45,39 +48,39 @@ CASES = (
     CaseSpec("mixed 15x1+1x256 H=16 HV=32", (1,) * 15 + (256,), **BIG),
 )
 SKIP_SLOW = {"torch_reference": 512}  # token by token in Python: seconds per call beyond this many tokens
-ROTATE = 4
+#: Sets of slots: as many as no cache holds, within reason.
+CACHES, MOST_SETS = 4, 128
 
 app = typer.Typer(add_completion=False)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, reads and writes counted."""
-    a = torch.empty(64 << 20, dtype=torch.uint8)
-    b = torch.ones_like(a)
-    a.copy_(b)
-    times = []
-    for _ in range(25):
-        t = time.perf_counter()
-        a.copy_(b)
-        times.append(time.perf_counter() - t)
-    return 2 * a.numel() / min(times)  # a floor is made of the best the memory can do
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def state_bytes(spec: CaseSpec) -> int:
+    """Bytes of the live states of one call."""
+    live = sum(1 for x in spec.lengths if x)
+    return live * spec.hv * spec.k * spec.v * _ITEMSIZE[spec.state_dtype or "float32"]
 
 
 def moved_bytes(spec: CaseSpec) -> int:
     """Bytes a call must move: live states read and written, q, k, v, a, b in, o out."""
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}
-    states = 2 * sum(1 for x in spec.lengths if x) * spec.hv * spec.k * spec.v * itemsize[spec.state_dtype or "float32"]
     row = 2 * spec.h * spec.k + 2 * spec.hv * spec.v + 2 * spec.hv
-    return states + spec.tokens * row * itemsize[spec.io_dtype]
+    return 2 * state_bytes(spec) + spec.tokens * row * _ITEMSIZE[spec.io_dtype]
+
+
+def sets_of(spec: CaseSpec) -> int:
+    """How many sets of slots calls take turns with."""
+    return max(2, min(MOST_SETS, -(-CACHES * cache_bytes() // state_bytes(spec))))
 
 
 def calls(spec: CaseSpec, backend: str | None) -> list[Callable[[], torch.Tensor]]:
-    """The op on ``ROTATE`` sets of slots of one pool, through the registry."""
-    op = registry.get(OP)
-    wide = spec.but(extra_slots=(ROTATE - 1) * spec.n)
+    """The op on as many sets of slots of one pool, through the registry."""
+    op, sets = registry.get(OP), sets_of(spec)
+    wide = spec.but(extra_slots=(sets - 1) * spec.n)
     inputs = registry.spec(OP).make_inputs(wide, 0)
     kwargs = inputs.kwargs
-    slots = torch.randperm(ROTATE * spec.n, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    slots = torch.randperm(sets * spec.n, generator=torch.Generator().manual_seed(1)).to(torch.int32)
     return [
         partial(op, **{**kwargs, "initial_state_indices": part.clone()}, backend=backend)
         for part in slots.split(spec.n)
@@ -121,7 +124,7 @@ def error_of(spec: CaseSpec, backend: str | None) -> float:
     return float((out - exact.o).norm() / exact.o.norm())
 
 
-def measure(spec: CaseSpec, seconds: float, copy: float) -> list[Row]:
+def measure(spec: CaseSpec, seconds: float, bandwidth: Bandwidth) -> list[Row]:
     accepting = (o.backend for o in verdicts(registry.backends(OP), describe(spec, "cpu")) if o.verdict)
     names = [n for n in accepting if spec.tokens <= SKIP_SLOW.get(n, spec.tokens)]
     runners: dict[str, list[Callable[[], torch.Tensor]]] = {n: calls(spec, n) for n in names}
@@ -155,7 +158,7 @@ def measure(spec: CaseSpec, seconds: float, copy: float) -> list[Row]:
             spec.name,
             name,
             eager_us=round(statistics.median(values), 1),
-            floor_us=round(1e6 * moved_bytes(spec) / copy, 1),
+            floor_us=round(1e6 * moved_bytes(spec) / bandwidth.of(state_bytes(spec) * sets_of(spec)), 1),
         )
         row.extra = {"samples": len(values), "min_us": round(min(values), 1)}
         if own:
@@ -235,13 +238,14 @@ def run(
     only: str = typer.Option("", help="cases whose name contains this"),
 ) -> None:
     """Measure every case and print the table."""
-    copy = copy_bandwidth()
+    bandwidth = Bandwidth()
     rows = []
     for spec in CASES:
         if only in spec.name:
             print(spec.name, file=sys.stderr)
-            rows += measure(spec, seconds, copy)
-    table = Table(title=f"CPU, {torch.get_num_threads()} threads, copy {copy / 1e9:.1f} GB/s; microseconds per call")
+            rows += measure(spec, seconds, bandwidth)
+    cold = bandwidth.of(CACHES * cache_bytes())
+    table = Table(title=f"CPU, {torch.get_num_threads()} threads, memory {cold / 1e9:.1f} GB/s; microseconds per call")
     for column in ("case", "implementation", "backend", "eager", "floor", "error", "memory"):
         table.add_column(column, justify="right" if column in ("eager", "floor", "error", "memory") else "left")
     for r in rows:
@@ -253,7 +257,7 @@ def run(
     Console(width=160).print(table)
     if keep:
         rows += measure_varlen(seconds) + dispatch_rows(1.0)
-        print(save("cpu", "none", meta(copy_bandwidth_gb_s=round(copy / 1e9, 2)), rows))
+        print(save("cpu", "none", meta(bandwidth_gb_s=round(cold / 1e9, 2)), rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Packed sequences against the same batch padded to its longest: time and memory, with the registry's own choice.
 
-python benchmarks/varlen.py [--save]
+python benchmarks/varlen.py       (benchmarks/cpu.py keeps what it measures with its own)
 """
 
 from __future__ import annotations

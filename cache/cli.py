@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import IsokernError, StoreError, UnknownNameError
-from .audit import check_layer
+from ..errors import ArgumentValueError, IsokernError, StoreError, UnknownNameError
+from .audit import Checked, check_layer
 from .environment import local_environments
 from .found import Located
 from .layer import Layer
@@ -259,7 +259,9 @@ def prune(
         float | None,
         typer.Option("--older-than", metavar="DAYS", min=0, help="Entries measured before that."),
     ] = None,
-    invalid: Annotated[bool, typer.Option("--invalid", help="Files that verify complains about.")] = False,
+    invalid: Annotated[
+        bool, typer.Option("--invalid", help="Files that verify calls invalid (strays it only names).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
     """Remove entries from the writable layer; abandoned temporary files always."""
@@ -267,7 +269,7 @@ def prune(
         criteria = Criteria(
             keep_environments=local_environments() if other_environments else None,
             fingerprints_of=_fingerprints_of() if stale else None,
-            older_than=None if older_than is None else timedelta(days=older_than),
+            older_than=None if older_than is None else _days(older_than),
             invalid=invalid,
         )
         removals = list(find_removals(_writable(_open(root)), criteria))
@@ -276,6 +278,14 @@ def prune(
         if not dry_run:
             remove(removals)
         typer.echo(f"{len(removals)} files {'would be ' if dry_run else ''}removed")
+
+
+def _days(count: float) -> timedelta:
+    try:
+        return timedelta(days=count)
+    except OverflowError as error:
+        expected = f"a number of days, at most {timedelta.max.days}"
+        raise ArgumentValueError("--older-than", expected, f"{count:g}") from error
 
 
 def _fingerprints_of() -> Callable[[str], Mapping[str, str] | None]:
@@ -293,19 +303,30 @@ def _fingerprints_of() -> Callable[[str], Mapping[str, str] | None]:
 
 @app.command()
 def verify(root: Root = None) -> None:
-    """Check every file of every layer. Exits with 1, naming them, if any is invalid."""
+    """Check every file of every layer. Exits with 1, naming them, if any is invalid.
+
+    Files that are none of the store's, and that nothing reads, are named as strays and count as neither.
+    """
     with _one_line_errors():
         by_layer = [(layer, list(check_layer(layer))) for layer in _open(root).layers]
         for layer, files in by_layer if len(by_layer) > 1 else ():
-            invalid = sum(bool(found.problem) for found in files)
-            typer.echo(f"{layer.name}\t{layer.root}\t{len(files)} files, {invalid} invalid")
-        checked = [found for _, files in by_layer for found in files]
-        broken = [found for found in checked if found.problem]
-        for found in broken:
-            typer.echo(f"{found.path}: {found.problem}", err=True)
-        typer.echo(f"{len(checked)} files checked, {len(broken)} invalid")
-        if broken:
+            typer.echo(f"{layer.name}\t{layer.root}\t{_counts(files)}")
+        everything = [found for _, files in by_layer for found in files]
+        for found in everything:
+            if found.stray:
+                typer.echo(f"{found.path}: stray, none of the store's files; nothing reads it", err=True)
+            elif found.problem:
+                typer.echo(f"{found.path}: {found.problem}", err=True)
+        typer.echo(_counts(everything, " checked"))
+        if any(found.problem for found in everything):
             raise typer.Exit(1)
+
+
+def _counts(files: Sequence[Checked], done: str = "") -> str:
+    strays = sum(found.stray for found in files)
+    invalid = sum(bool(found.problem) for found in files)
+    beside = f", {strays} stray{'s' * (strays > 1)} beside them" if strays else ""
+    return f"{len(files) - strays} files{done}, {invalid} invalid{beside}"
 
 
 @app.command()

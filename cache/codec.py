@@ -118,9 +118,21 @@ def number(name: str, value: Any) -> float:
     Raises:
         InvalidRecordError: anything else, NaN and infinity included.
     """
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InvalidRecordError(f"field {name!r}: expected a finite number, given {value!r}")
+    if type(value) not in (int, float) or not _finite(value):
+        raise InvalidRecordError(f"field {name!r}: expected a finite number, given {_shown(value)}")
     return float(value)
+
+
+def _finite(value: float) -> bool:
+    """Whether a float can hold it: JSON's integers have no end."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    return f"an integer of {value.bit_length()} bits" if type(value) is int and not _finite(value) else repr(value)
 
 
 def check_scalars(name: str, values: Any) -> None:
@@ -130,5 +142,5 @@ def check_scalars(name: str, values: Any) -> None:
     for key, value in values.items():
         if type(key) is not str:
             raise InvalidRecordError(f"field {name!r}: key {key!r} is not a string")
-        if type(value) not in (int, float, bool, str) or (type(value) is float and not math.isfinite(value)):
-            raise InvalidRecordError(f"field {name!r}: {key}={value!r} is not a finite scalar")
+        if type(value) not in (int, float, bool, str) or (type(value) in (int, float) and not _finite(value)):
+            raise InvalidRecordError(f"field {name!r}: {key}={_shown(value)} is not a finite scalar")

@@ -70,6 +70,8 @@ def check(
     device: Device = "auto",
 ) -> None:
     """Whether this plan can be pinned here: unaltered, of the expected hash, made for this device and versions."""
+    if not file.is_file():
+        raise PlanError(f"plan {file}: no such file")
     try:
         plan = Plan.load(file)
         plan.require(content_hash)

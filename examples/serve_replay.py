@@ -197,6 +197,8 @@ def main(
         raise typer.BadParameter(f"expected cpu, cuda or auto, given {device!r}", param_hint="--device")
     if graphs and place == "cpu":
         raise typer.BadParameter("CUDA graphs need a GPU", param_hint="--graphs")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after all of it
     if store is not None:
         registry.use_store(Store.default(store))
     try:
@@ -231,7 +233,6 @@ def main(
             state_layout=state_layout or field.shard.state_layout,
         )  # fmt: skip
         rows = [asdict(row) for outcome in outcomes for row in rows_of(outcome, layers)]
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"meta": information, "rows": rows}, indent=1) + "\n")
         console.print(f"written: {out}", markup=False)
 

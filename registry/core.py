@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,7 +47,11 @@ class Registry:
         self._dispatchers: dict[str, Dispatcher] = {}
         self._backends: dict[str, dict[str, Backend]] = {}
         self._load_plugins = load_plugins
+        self._built_in: set[str] = set()
         self._loaded: set[str] = set()
+        # Nothing is imported while it is held: whoever imports a module that registers a backend would wait for it.
+        self._lock = threading.RLock()
+        self._here = threading.local()
         self._environment_overrides: dict[str, str] | None = None
         self._environment_accuracies: dict[str, str] | None = None
         self._store: Store | None = None
@@ -75,7 +80,7 @@ class Registry:
             spec = load_attribute(self._targets[name])
             if not isinstance(spec, OpSpec) or spec.name != name:
                 raise RegistrationError(f"{self._targets[name]} is not the OpSpec of {name!r}")
-            self._specs[name] = spec
+            self._specs.setdefault(name, spec)
         return self._specs[name]
 
     def contract_version(self, name: str) -> int:
@@ -93,45 +98,49 @@ class Registry:
     def get(self, name: str) -> Any:
         """The op ``name`` as a callable; the same object every time. Raises UnknownNameError."""
         if name not in self._ops:
-            self._ops[name] = self.spec(name).make_op(self.dispatcher(name))
+            spec = self.spec(name)
+            with self._lock:
+                if name not in self._ops:
+                    self._ops[name] = spec.make_op(self.dispatcher(name))
         return self._ops[name]
 
     def dispatcher(self, name: str) -> Dispatcher:
         """What resolves the op's calls (tuner and tools use it; callers use ``get``)."""
         if name not in self._dispatchers:
-            self._dispatchers[name] = Dispatcher(self.spec(name), self)
+            spec = self.spec(name)
+            with self._lock:
+                if name not in self._dispatchers:
+                    self._dispatchers[name] = Dispatcher(spec, self)
         return self._dispatchers[name]
 
     # ---- backends
 
     def backends(self, name: str) -> Mapping[str, Backend]:
         """All backends of op ``name`` by backend name, built-in, from plugins and registered by hand."""
-        if name not in self._loaded:
+        if name not in self._loaded and not getattr(self._here, "loads", False):
             if name not in self._targets:
                 self.spec(name)  # unknown, or registered by hand
             self._load_backends(name)
-            self._loaded.add(name)  # last: after an import that failed, the next call tries again
         return MappingProxyType(self._backends.setdefault(name, {}))
 
     def register_backend(self, backend: Backend, replace: bool = False) -> Backend:
         """Add a backend. Raises RegistrationError when the name is taken, UnknownNameError for an unknown op."""
         if not isinstance(backend, Backend):
             raise RegistrationError(f"expected a Backend instance, given {backend!r}")
-        known = self.backends(backend.op)
-        if backend.name in known and not replace:
-            raise RegistrationError(f"backend {backend.name!r} of op {backend.op!r} is already registered")
-        self._backends[backend.op][backend.name] = backend
-        self._fingerprints.pop((backend.op, backend.name), None)
-        self._sources.pop((backend.op, backend.name), None)
-        self._forget(backend.op)
+        self.backends(backend.op)
+        with self._lock:
+            if backend.name in self._backends[backend.op] and not replace:
+                raise RegistrationError(f"backend {backend.name!r} of op {backend.op!r} is already registered")
+            self._put(backend)
         return backend
 
     def unregister_backend(self, op: str, name: str) -> None:
         """Remove a backend. Raises UnknownNameError."""
         if name not in self.backends(op):
             raise UnknownNameError("backend", name, self.backends(op))
-        del self._backends[op][name]
-        self._forget(op)
+        with self._lock:
+            self._backends[op] = {known: backend for known, backend in self._backends[op].items() if known != name}
+            self._forget(op)
 
     def fingerprint(self, op: str, name: str) -> str:
         """The backend's fingerprint, computed once per process."""
@@ -152,25 +161,43 @@ class Registry:
         return {name: self._sources[op, name] for name in self.backends(op)}
 
     def _load_backends(self, name: str) -> None:
+        """Find the op's backends. Threads that come at once all do; what they find is added once."""
         from ..backends import BUILTIN_BACKENDS
 
-        if name in self._targets:  # an op of isokern's own
-            for backend in [load_attribute(target)() for target in BUILTIN_BACKENDS.get(name, ())]:
-                self._add(backend)
-        if self._load_plugins:
-            self._load_plugins = False
-            for backend in plugins(self.names()):
-                self._add(backend)
+        self._here.loads = True  # for a plugin that registers backends while it is imported
+        try:
+            own = BUILTIN_BACKENDS.get(name, ()) if name in self._targets else ()  # an op of isokern's own
+            built_in = [load_attribute(target)() for target in own]
+            with self._lock:
+                if name not in self._built_in:
+                    self._built_in.add(name)
+                    for backend in built_in:
+                        self._add(backend)
+            found = list(plugins(self.names())) if self._load_plugins else []
+            with self._lock:
+                if self._load_plugins:
+                    self._load_plugins = False
+                    for backend in found:
+                        self._add(backend)
+                self._loaded.add(name)  # last: after an import that failed, the next call tries again
+        finally:
+            self._here.loads = False
 
     def _add(self, backend: Backend) -> None:
-        known = self._backends.setdefault(backend.op, {})
-        if backend.name in known:
+        if backend.name in self._backends.setdefault(backend.op, {}):
             warnings.warn(
                 f"isokern: a plugin's backend {backend.name!r} of {backend.op!r} is ignored: the name is taken",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
-        known[backend.name] = backend
+        self._put(backend)
+
+    def _put(self, backend: Backend) -> None:
+        # Replaced as a whole: others may be looking through it.
+        self._backends[backend.op] = {**self._backends.get(backend.op, {}), backend.name: backend}
+        self._fingerprints.pop((backend.op, backend.name), None)
+        self._sources.pop((backend.op, backend.name), None)
+        self._forget(backend.op)
 
     # ---- what was decided earlier
 
@@ -178,7 +205,7 @@ class Registry:
         """The backend named by ``ISOKERN_BACKEND_<OP>``, read once per process (``refresh`` reads again)."""
         if self._environment_overrides is None:
             self._environment_overrides = overrides.environment_overrides()
-        return self._environment_overrides.get(op)
+        return self._environment_overrides.get(op.lower())
 
     def environment_accuracy(self, op: str) -> Accuracy | None:
         """The policy named by ``ISOKERN_ACCURACY_<OP>``, read once per process (``refresh`` reads again).
@@ -188,7 +215,7 @@ class Registry:
         """
         if self._environment_accuracies is None:
             self._environment_accuracies = overrides.environment_accuracies()
-        named = self._environment_accuracies.get(op)
+        named = self._environment_accuracies.get(op.lower())
         return None if named is None else require(f"{overrides.ACCURACY_PREFIX}{op.upper()}", named)
 
     @property
@@ -286,7 +313,7 @@ class Registry:
         return Suggestions(tuple(found), tuple(notes))
 
     def _forget(self, op: str | None = None) -> None:
-        for name, dispatcher in self._dispatchers.items():
+        for name, dispatcher in list(self._dispatchers.items()):
             if op is None or name == op:
                 dispatcher.forget()
 

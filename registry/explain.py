@@ -82,6 +82,8 @@ def _margin(fraction: float | None) -> str:
 def explanation(decision: Decision, registry: Registry, problem: Any) -> list[RenderableType]:
     """The decision, then what the store holds: the tuned candidates, or the nearest entry and how its key differs."""
     parts: list[RenderableType] = [render(decision)]
+    from ..cache.found import Hit
+
     spec = registry.spec(decision.op)
     key, environment = problem.tuning_key(), registry.environment(problem.device)
     prints = registry.fingerprints(decision.op)
@@ -90,7 +92,12 @@ def explanation(decision: Decision, registry: Registry, problem: Any) -> list[Re
         for name, made in shipped:
             if decision.detail.startswith(name):  # nearer ones may have had nothing that runs here
                 return [*parts, "", f"{name}:", *tuning_lines(made, prints), candidate_table(made)]
-    entry = registry.store.peek(decision.op, spec.contract_version, key, environment)
+    # What counts, whichever layer it is in; else what there would be, and why it does not.
+    tuned = registry.store.get(decision.op, spec.contract_version, key, environment, prints)
+    if isinstance(tuned, Hit):
+        entry: Entry | None = tuned.entry
+    else:
+        entry = registry.store.peek(decision.op, spec.contract_version, key, environment)
     if entry is not None:
         return [*parts, "", *tuning_lines(entry, prints), candidate_table(entry)]
     nearest = registry.store.nearest(decision.op, key, environment)

@@ -336,6 +336,30 @@ class TestPrune:
         assert not old_path.exists()
         assert run("prune", "--root", root, "--older-than", "-1").exit_code == 2
 
+    @pytest.mark.parametrize("days", ["1e10", "inf"])
+    def test_a_number_of_days_that_no_calendar_has_is_refused(self, root, fill, days):
+        (path,) = fill(make_entry(created="2001-01-01"))
+        result = run("prune", "--root", root, "--older-than", days)
+        assert_error(result, "--older-than: expected a number of days, at most 999999999")
+        assert path.exists()
+
+    def test_after_invalid_files_are_pruned_verify_is_content(self, root, fill):
+        path, _ = fill(make_entry(), make_entry(9))
+        path.write_text("{")
+        path.with_name("notes.json").write_text("x")
+        assert run("verify", "--root", root).exit_code == 1
+        assert "2 files removed" in run("prune", "--root", root, "--invalid").stdout
+        assert run("verify", "--root", root).exit_code == 0
+
+    def test_after_another_environment_is_pruned_verify_is_content(self, root, fill, monkeypatch):
+        monkeypatch.setattr(cli, "local_environments", lambda: (HERE,))
+        (path,) = fill(make_entry(environment=ELSEWHERE), environment=ELSEWHERE)
+        journal = path.parents[2] / "journal" / "some_op-0.jsonl"
+        journal.parent.mkdir()
+        journal.write_text("{}\n")
+        assert "3 files removed" in run("prune", "--root", root, "--other-environments").stdout
+        assert run("verify", "--root", root).exit_code == 0
+
     def test_dry_run_says_the_same_and_removes_nothing(self, root, fill):
         (path,) = fill(make_entry(created="2001-01-01"))
         result = run("prune", "--root", root, "--older-than", "2", "--dry-run")
@@ -369,6 +393,28 @@ class TestVerify:
         assert f"{newer}: schema 2 is newer" in result.stderr
         assert str(sound) not in result.stderr
         assert "4 files checked, 2 invalid" in result.stdout
+
+    def test_a_first_warm_up_that_was_killed_is_no_damage(self, root):
+        journal = Layer("explicit", root).schema_root / HERE.hash / "journal" / "some_op-0.jsonl"
+        journal.parent.mkdir(parents=True)
+        journal.write_text("{}\n")
+        result = run("verify", "--root", root)
+        assert (result.exit_code, result.stdout, result.stderr) == (0, "0 files checked, 0 invalid\n", "")
+
+    def test_entries_without_a_manifest_are(self, root, fill):
+        fill(make_entry())
+        Layer("explicit", root).manifest_path(HERE.hash).unlink()
+        result = run("verify", "--root", root)
+        assert result.exit_code == 1
+        assert "manifest.json: missing: " in result.stderr
+
+    def test_strays_are_named_and_fail_nothing(self, root, fill):
+        (path,) = fill(make_entry())
+        path.with_name(".DS_Store").write_text("x")
+        (path.parents[1] / "notes.txt").write_text("x")
+        result = run("verify", "--root", root)
+        assert (result.exit_code, result.stdout) == (0, "2 files checked, 0 invalid, 2 strays beside them\n")
+        assert f"{path.with_name('.DS_Store')}: stray, " in result.stderr
 
 
 class TestPath:

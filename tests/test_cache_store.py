@@ -19,6 +19,7 @@ import pytest
 
 from isokern.cache.audit import check_layer
 from isokern.cache.candidate import CandidateRecord
+from isokern.cache.codec import seal
 from isokern.cache.entry import Entry
 from isokern.cache.environment import Environment
 from isokern.cache.found import Hit, Miss
@@ -231,6 +232,13 @@ def newer_schema(text: str) -> str:
     return json.dumps({**json.loads(text), "schema": 2})
 
 
+def endless(text: str) -> str:
+    """A number that JSON can hold and no float can, in a file that is sealed as it should be."""
+    body = json.loads(text)["body"]
+    body["candidates"][0]["median_us"] = 10**400
+    return seal("entry", body)
+
+
 def flipped_byte(text: str) -> str:
     return text.replace('"median_us":10.0', '"median_us":30.0')
 
@@ -246,8 +254,9 @@ class TestDamage:
             (lambda text: make_entry(key={"K": 1}).to_json(), "not what its path says"),
             (lambda text: make_entry(environment=ELSEWHERE).to_json(), "not what its path says"),
             (lambda text: text.replace("e", "\udcff"), "not valid JSON"),
+            (endless, "expected a finite number, given an integer of 1329 bits"),
         ],
-        ids=["truncated", "empty", "flipped", "newer", "other key", "other environment", "not utf-8"],
+        ids=["truncated", "empty", "flipped", "newer", "other key", "other environment", "not utf-8", "endless"],
     )
     def test_a_damaged_file_is_a_miss_and_one_warning_naming_file_and_reason(self, store, damage, why):
         path = store.put(make_entry(), HERE)
@@ -295,11 +304,33 @@ class TestDamage:
         shutil.copy(path, moved)
         (path.parent / f".{path.name}.123.abcd.tmp").write_text("{")
         lonely = store.layers[0].manifest_path(ELSEWHERE.hash)
-        lonely.parent.mkdir()
+        store.put(make_entry(environment=ELSEWHERE), ELSEWHERE)
+        lonely.unlink()
         problems = {found.path: found.problem for found in check_layer(store.layers[0])}
         assert {found for found, problem in problems.items() if problem} == {other, moved, lonely}
         assert problems[path] == ""
-        assert problems[lonely] == "missing"
+        assert problems[lonely].startswith("missing: ")
+
+    def test_an_environment_without_entries_needs_no_manifest(self, store):
+        journal = store.layers[0].schema_root / HERE.hash / "journal" / "some_op-0.jsonl"
+        journal.parent.mkdir(parents=True)
+        journal.write_text("{}\n")
+        (store.layers[0].schema_root / ELSEWHERE.hash).mkdir()
+        assert list(check_layer(store.layers[0])) == []
+
+    def test_strays_are_listed_and_no_problem_unless_they_have_a_records_name(self, store):
+        path = store.put(make_entry(), HERE)
+        home = path.parents[2]
+        strays = {path.with_name(".DS_Store"), path.parents[1] / "notes.txt", home / "notes.txt", home / "old"}
+        for stray in strays - {home / "old"}:
+            stray.write_text("x")
+        (home / "old").mkdir()
+        pretenders = {path.with_name("notes.json"), path.with_name("._" + path.name), path.parents[1] / "x.json"}
+        for pretender in pretenders:
+            pretender.write_text("x")
+        found = list(check_layer(store.layers[0]))
+        assert {one.path for one in found if one.stray} == strays
+        assert {one.path for one in found if one.problem} == pretenders
 
 
 class TestEntriesAndNearest:
@@ -363,6 +394,18 @@ class TestPrune:
         }
         assert set(layer.environments()) == {HERE.hash, threads.hash, on_a_gpu.hash}
 
+    def test_an_environments_journal_goes_with_it(self, store):
+        layer = store.layers[0]
+        for environment in (HERE, ELSEWHERE):
+            store.put(make_entry(environment=environment), environment)
+            (layer.schema_root / environment.hash / "journal").mkdir()
+            (layer.schema_root / environment.hash / "journal" / "some_op-0.jsonl").write_text("{}\n")
+        assert layer.schema_root / ELSEWHERE.hash / "journal" / "some_op-0.jsonl" in self.removed(
+            layer, keep_environments=[HERE]
+        )
+        assert not (layer.schema_root / ELSEWHERE.hash).exists()
+        assert (layer.schema_root / HERE.hash / "journal" / "some_op-0.jsonl").exists()
+
     def test_stale_goes_by_the_chosen_backend_alone(self, store):
         kept = store.put(make_entry(key={"K": 1}, torch="old"), HERE)
         gone = store.put(make_entry(key={"K": 2}, numba="old"), HERE)
@@ -377,6 +420,40 @@ class TestPrune:
         path.write_text("{")
         assert self.removed(store.layers[0]) == set()
         assert self.removed(store.layers[0], invalid=True) == {path}
+
+    def test_invalid_is_what_the_check_complains_about(self, store):
+        path = store.put(make_entry(), HERE)
+        kept = [path.with_name(".DS_Store"), path.parents[1] / "notes.txt"]
+        gone = [path.with_name("notes.json"), path.parents[1] / "x.json"]
+        for file in (*kept, *gone):
+            file.write_text("x")
+        odd = path.with_name("0" * 16 + ".json")
+        odd.mkdir()
+        layer = store.layers[0]
+        assert self.removed(layer, invalid=True) == {*gone, odd}
+        assert not any(file.exists() for file in (*gone, odd))
+        assert all(file.exists() for file in (path, *kept))
+        assert [one.problem for one in check_layer(layer) if one.problem] == []
+
+    def test_entries_without_a_manifest_are_used_where_they_were_tuned_so_they_stay(self, store):
+        path = store.put(make_entry(), HERE)
+        store.layers[0].manifest_path(HERE.hash).unlink()
+        assert self.removed(store.layers[0], invalid=True) == set()
+        assert path.exists()
+
+    def test_what_goes_for_two_reasons_goes_once(self, store):
+        path = store.put(make_entry(environment=ELSEWHERE), ELSEWHERE)
+        path.write_text("{")
+        removals = list(find_removals(store.layers[0], Criteria(keep_environments=[HERE], invalid=True)))
+        assert sorted(r.path for r in removals) == sorted([path, store.layers[0].manifest_path(ELSEWHERE.hash)])
+        assert removals[-1].path.name == "manifest.json", "last, so that the rest is recognised if interrupted"
+
+    def test_a_file_that_cannot_be_read_hinders_no_other_criterion(self, store):
+        odd = store.put(make_entry(key={"K": 1}), HERE)
+        odd.unlink()
+        odd.mkdir()
+        stale = store.put(make_entry(numba="old"), HERE)
+        assert self.removed(store.layers[0], fingerprints_of=lambda op: {"numba": "n1"}) == {stale}
 
     def test_a_put_survives_the_removal_of_its_directory_in_between(self, store, monkeypatch):
         real, calls = os.open, []

@@ -47,7 +47,7 @@ class Noting(Backend):
     """The reference under another name; notes the calls it gets."""
 
     op = OP
-    provenance = "torch"
+    provenance = "numba"
     tags = frozenset({"repeatable"})
 
     def __init__(self, name, rank=10, chunks=(), accepts=lambda problem: True, cuts=None, rounds=False):
@@ -246,6 +246,18 @@ def rank_on(device: str, spec: CaseSpec, chunked_rank: int, mode: str = "eager")
     long_first.rank = lambda problem: chunked_rank if problem.profile.longest > 64 else 0
     problem = describe(spec, device, 90, mode)
     return both.rank(problem), max(b.rank(problem) for b in both.parts().values())
+
+
+@pytest.mark.parametrize("of_torch", ["walks", "chunks"])
+def test_a_part_of_torch_never_runs_beside_the_other(of_torch):
+    """It gives a slot that nobody stores its value back: by then the other part may have stored there."""
+    _, _, both = pair()
+    both.parts()[of_torch].provenance = "torch"
+    offered = both.configs(describe(MIXED, "cuda", 90, "graph"))
+    beside = {config["streams"] for config in offered if of_torch in config["short"] + config["long"]}
+    assert beside == {1}
+    stored = both.bind(describe(MIXED, "cuda", 90), config_of(streams=2))
+    assert stored._streams is None, "nor by a config that was stored"
 
 
 def test_on_a_gpu_it_comes_first_where_each_part_has_its_own_first_choice():

@@ -332,6 +332,20 @@ class TestLengths:
                 op(**{**kwargs, "cu_seqlens": layout if as_layout else layout.cu_seqlens})
 
 
+class TestGraphLayouts:
+    def test_one_that_may_hold_more_tokens_than_there_are_is_refused_after_one_that_does_not(self, op):
+        given = make_inputs(CaseSpec("two", (3, 5), k=8, v=8)).kwargs
+        fits, beyond = (SequenceLayout.padded(2, max_length=8, max_tokens=most) for most in (8, 9))
+        for layout in (fits, beyond):
+            layout.update([3, 5])
+        for layout, fine in ((beyond, False), (fits, True), (fits, True), (beyond, False)):
+            if fine:
+                op(**given | {"cu_seqlens": layout})
+            else:
+                with pytest.raises(ArgumentValueError, match="cu_seqlens: expected a GraphLayout of at most T = 8"):
+                    op(**given | {"cu_seqlens": layout})
+
+
 class TestSlots:
     def test_in_place_and_separate_are_told_apart_by_the_object(self, op, spy):
         kwargs = make_inputs(BASE).kwargs

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from isokern.cache import CandidateRecord
+from isokern import cli, registry
+from isokern.cache import CandidateRecord, Layer, Store
+from isokern.cache.environment import Environment
+from isokern.cache.silicon import CudaSilicon
+from isokern.registry.decision import Decision, Rule
 from isokern.registry.explain import explanation
 
 
@@ -88,3 +93,50 @@ def test_a_store_of_another_environment_shows_what_changed(tuned):
     text = explain(tuned, 2)
     assert "no entry of this op for this environment" in text
     assert "versions.torch: '1.0' there" in text
+
+
+def test_a_choice_of_another_layer_that_counts_is_shown_and_not_one_that_has_changed_since(tmp_path):
+    toy.choose(tmp_path / "user", 4, keys=(2,))
+    toy.choose(tmp_path / "site", 8, keys=(2,))
+    registry = toy.registry_at(tmp_path / "user")
+    [located] = registry.store.entries()
+    changed = dataclasses.replace(located.entry.candidates[0], fingerprint="0" * 16)
+    registry.store.put(dataclasses.replace(located.entry, candidates=(changed,)), located.environment)
+    registry.use_store(Store([Layer("user", tmp_path / "user"), Layer("site", tmp_path / "site")]))
+    text = explain(registry, 2)
+    assert "tuned-site" in text
+    assert "tuned choice: quick[tile=8]" in text
+    assert "does not count" not in text
+
+
+class TestTheCommandOnAGpu:
+    H100 = Environment("cuda", CudaSilicon("9.0", 132, 79), 0, "13.0", (), "3.12", (("product", "H100"),))
+
+    @pytest.fixture
+    def on_an_h100(self, monkeypatch):
+        """``isokern explain`` where there would be one; what it decided, for which problem."""
+        decided = []
+        dispatcher = registry.default.dispatcher("fused_sigmoid_gating")
+
+        def decide(problem, backend=None):
+            decided.append(problem)
+            return Decision("fused_sigmoid_gating", {}, (), "cupy", {}, Rule.HEURISTIC, "made up", ())
+
+        monkeypatch.setattr(cli, "_device", lambda name: "cuda")
+        monkeypatch.setattr(registry.default, "environment", lambda device: self.H100)
+        monkeypatch.setattr(dispatcher, "decide", decide)
+        return decided
+
+    @pytest.mark.parametrize("policy", ["eager", "graph"])
+    def test_the_problem_is_the_one_that_a_call_there_would_have(self, on_an_h100, policy):
+        arguments = ["--model", "qwen3-next-80b-a3b", "--case", "decode N=4", "--policy", policy]
+        done = CliRunner().invoke(cli.app, ["explain", *arguments])
+        assert done.exit_code == 0, done.output
+        [problem] = on_an_h100
+        assert (problem.device, problem.arch, problem.mode) == ("cuda", 90, policy)
+
+    def test_a_cpu_has_no_graphs(self):
+        arguments = ["--model", "qwen3-next-80b-a3b", "--case", "decode N=4", "--policy", "graph", "--device", "cpu"]
+        done = CliRunner().invoke(cli.app, ["explain", *arguments])
+        assert done.exit_code != 0
+        assert "--policy" in str(done.exception)

@@ -18,9 +18,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
+from isokern.autotune import fleet_cli
 from isokern.autotune.fleet import member_config, plan_for, run_fleet
-from isokern.autotune.fleet_cli import Venue, find_venue
+from isokern.autotune.fleet_cli import Venue, find_venue, run_on
 from isokern.autotune.fleet_member import Member, MemberConfig
 from isokern.autotune.fleet_process import ProcessLauncher, Slot, local_slots
 from isokern.autotune.fleet_ranks import process_group, run_ranks
@@ -28,9 +30,10 @@ from isokern.autotune.fleet_ray import RayLauncher
 from isokern.autotune.merge import save_plan, take_over
 from isokern.autotune.plain import from_plain
 from isokern.autotune.progress import Progress
+from isokern.autotune.recipe import ProblemRecipe
 from isokern.autotune.report import plan_summary, report_summary
 from isokern.autotune.tuner import Settings
-from isokern.autotune.warmup import PlannedProblem
+from isokern.autotune.warmup import PlannedProblem, plan_shards, shards_of
 from isokern.autotune.worker import WorkerError
 from isokern.autotune.worth import Kind, deal, kind_of, makespan, most_valuable_first, units
 from isokern.cache import Entry, Layer, Plan, Store
@@ -288,10 +291,16 @@ def test_a_signal_ends_all_members_and_their_workers(tmp_path):
 class Scripted:
     """Members in this process: each answer is made when it is waited for.
 
-    Args: environments: one per member. breaks: case names whose tuning ends the member.
+    Args:
+        environments: one per member. breaks: case names whose tuning ends the member.
+        fails: whether nothing is proven for a recipe. garbles: case names whose entries nobody can read.
+        unproven: how many proofs are left out.
     """
 
-    def __init__(self, plan, environments, breaks=()):
+    def __init__(self, plan, environments, breaks=(), fails=lambda recipe: False, garbles=(), unproven=0):
+        self.fails = fails
+        self.garbles = set(garbles)
+        self.unproven = unproven
         self.plan = plan
         self.environments = list(environments)
         self.names = tuple(f"m{i}" for i in range(len(self.environments)))
@@ -317,18 +326,21 @@ class Scripted:
         if self.breaks & {r["case"]["name"] for r in recipes}:
             return {"fault": "the device fell off the bus"}
         results = []
-        for recipe in recipes:
-            self.tuned[member].append(recipe["case"]["name"])
-            key = next(
-                p.task.key for p in self.plan.problems if p.task.recipe.case.name == recipe["case"]["name"]
-            )  # fmt: skip
-            entry = an_entry(key, self.environments[member])
-            results.append({"entry": entry.to_dict(), "error": "", "seconds": 1.0})
+        for recipe in map(ProblemRecipe.from_dict, recipes):
+            if self.fails(recipe):
+                results.append({"entry": None, "error": "no candidate is proven", "seconds": 1.0})
+                continue
+            self.tuned[member].append(recipe.case.name)
+            key = next(p.task.key for p in self.plan.problems if p.task.recipe == recipe)
+            entry = an_entry(key, self.environments[member]).to_dict()
+            if recipe.case.name in self.garbles:
+                del entry["rule"]
+            results.append({"entry": entry, "error": "", "seconds": 1.0})
         return {"result": {"results": results, "notes": ["hot"], "spawned": 2}}
 
     def prove(self, member):
         proof = {"problem": "", "expected": "", "dispatched": "", "rule": "tuned-user"}
-        return {"result": {"proofs": [proof] * len(self.tuned[member])}}
+        return {"result": {"proofs": [proof] * (len(self.tuned[member]) - self.unproven)}}
 
     def close(self):
         self.closed += 1
@@ -371,6 +383,46 @@ def test_each_environment_is_tuned_by_its_own_members(tmp_path):
     for environment in (plan.environment, other):
         assert len(list(plan.store.entries(environment))) == 2
     assert all(r.ok for r in reports)
+
+
+def two_sizes(root):
+    """A plan whose cases each stand for two problems, of two tensor-parallel sizes."""
+    store = Store([Layer("explicit", root, writable=True)])
+    registry = warmup_tests.registry_of(planted.Honest)
+    cases = [warmup_tests.parse_case(case) for case in CASES]
+    shards = shards_of([warmup_tests.MODEL], [4, 8])
+    return plan_shards(shards, cases, store=store, registry=registry, settings=warmup_tests.SETTINGS)
+
+
+def test_problems_that_share_a_cases_name_are_reported_each_for_itself(tmp_path):
+    plan = two_sizes(tmp_path)
+    names = [p.task.recipe.case.name for p in plan.problems]
+    assert sorted(names) == sorted(2 * CASES)
+    heads = max(p.task.recipe.case.h for p in plan.problems)
+    [report] = run_fleet(plan, Scripted(plan, [plan.environment], fails=lambda recipe: recipe.case.h == heads))
+    assert not report.ok
+    assert len(report.errors) == len(CASES)
+    for one in report.problems:
+        failed = one.planned.task.recipe.case.h == heads
+        assert bool(one.error) == failed
+        assert (one.entry is None) == failed
+        assert failed or (one.entry.key == one.planned.task.key and one.proof.ok)
+
+
+def test_a_proof_that_did_not_come_is_none(tmp_path):
+    plan = plan_at(tmp_path, CASES)
+    [report] = run_fleet(plan, Scripted(plan, [plan.environment], unproven=1))
+    assert not report.ok
+    assert len(report.errors) == len(CASES), "whose proof is missing cannot be told"
+    assert "m0 sent 3 proofs for 4 problems" in report.errors[0]
+
+
+def test_a_member_whose_entry_cannot_be_read_proves_the_others(tmp_path):
+    plan = plan_at(tmp_path, CASES)
+    [report] = run_fleet(plan, Scripted(plan, [plan.environment], garbles=["decode N=2"]))
+    [error] = report.errors
+    assert "decode N=2: m0 sent an entry that cannot be read: field 'rule' is missing" in error
+    assert [p.proof is not None and p.proof.ok for p in report.problems] == [name != "decode N=2" for name in CASES]
 
 
 def test_another_environments_plan_asks_its_own_predicates_and_store(tmp_path):
@@ -609,6 +661,70 @@ def test_a_rank_sees_its_own_gpu_only(monkeypatch):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         find_venue("cuda", None, None)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == mine
+
+
+def test_a_rank_takes_no_gpu_that_is_hidden_from_it(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for visible in ("4,5", "", "4,5,-1,6"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ArgumentValueError, match="--nproc-per-node") as refused:
+            find_venue("cuda", None, None)
+        assert refused.value.argument == "CUDA_VISIBLE_DEVICES"
+        assert repr(visible) in refused.value.given
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_ranks_from_which_all_gpus_are_hidden_may_tune_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_venue("auto", None, None) == Venue(ranks=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """What run_on starts, on a host with eight GPUs."""
+    started = []
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that what is set is taken back
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(fleet_cli, "run_warmup", lambda plan, *a, **k: started.append("here"))
+    monkeypatch.setattr(fleet_cli, "run_fleet", lambda plan, launcher, *a, **k: started.append(launcher.names) or ())
+    return started
+
+
+def test_the_one_device_that_is_named_is_the_first_of_this_process(tmp_path, monkeypatch, runs):
+    venue = find_venue("cuda", "3", None)
+    assert [slot.name for slot in venue.slots] == ["cuda:3"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3", "whoever asks for 'cuda' from here on, to plan or to tune"
+    run_on(venue, plan_at(tmp_path, CASES[:1]), Progress(), None)
+    assert runs == ["here"]
+
+
+def test_the_index_of_a_named_device_counts_what_is_visible(monkeypatch, runs):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    find_venue("auto", "1", None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def test_a_slot_that_this_process_does_not_see_alone_is_a_fleet_of_one(tmp_path, monkeypatch, runs):
+    venue = Venue(slots=local_slots("cuda", (3,)))
+    run_on(venue, plan_at(tmp_path, CASES[:1]), Progress(), None)
+    assert runs == [("cuda:3",)]
+
+
+def test_several_devices_are_a_fleet_and_leave_this_process_as_it_is(tmp_path, runs):
+    venue = find_venue("cuda", "0,3", None)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    run_on(venue, plan_at(tmp_path, CASES[:1]), Progress(), None)
+    assert runs == [("cuda:0", "cuda:3")]
 
 
 def test_the_summary_divides_the_time_among_the_devices_and_compares_it_afterwards(tmp_path, shared):

@@ -109,6 +109,30 @@ def test_a_kernel_that_does_not_load(function):
     assert library.launches == []
 
 
+def test_a_runner_is_bound_while_a_gpu_of_another_architecture_is_current():
+    """Its calls have their tensors on one that the code is for; those that do not say so."""
+    compiler = Compiler()
+    compiler.expects = (Variant(None, wide=True),)
+    library = RecordingLibrary()
+    library.device = 0
+    library.codes["cuKernelGetFunction"] = 209  # no code for this GPU
+    launcher = Launcher("planted", PROBLEM, CONFIG, compiler, library.driver())
+    with pytest.raises(BackendFailedError, match="CUDA_ERROR_209"):
+        launcher(call_of())
+    library.codes.clear()
+    launcher(call_of())
+    assert len(library.launches) == 1
+    assert compiler.asked == [False], "compiled once"
+
+
+@pytest.mark.parametrize("function", ["cuKernelSetAttribute", "cuKernelGetFunction"])
+def test_what_else_goes_wrong_while_a_runner_is_bound_is_said_then(function):
+    compiler = Compiler()
+    compiler.expects = (Variant(None, wide=True),)
+    with pytest.raises(BackendFailedError, match="driver's own words"):
+        made(compiler, **{function: 2})
+
+
 def test_a_device_without_the_shared_memory():
     launcher, _ = made(cuKernelSetAttribute=1)
     with pytest.raises(BackendFailedError, match="256 threads and 99000 bytes of dynamic shared memory"):

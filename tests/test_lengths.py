@@ -261,3 +261,11 @@ def test_a_longer_longest_never_makes_a_batch_more_even(n, tokens):
 def test_importing_needs_no_torch(module):
     code = f"import isokern.registry.ops.fused_sigmoid_gating.{module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_more_sequences_than_could_be_spelled_out_are_refused():
+    from isokern.registry.ops.fused_sigmoid_gating.workload_case import parse_case
+
+    for name in ("decode N=99999999999999", "mixed 99999999999999x1+1x5"):
+        with pytest.raises(ArgumentValueError, match="at most 4194304 sequences"):
+            parse_case(name)

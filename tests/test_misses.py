@@ -65,6 +65,15 @@ def test_calls_that_no_warm_up_helps_are_left_out_with_the_reason():
     assert reasons[strided] == "a warm-up tunes strides=dense (here any)"
 
 
+def test_a_call_that_no_workload_has_is_left_out_and_takes_no_other_along():
+    one, odd = problem_of("decode N=8"), problem_of("decode N=8", state_dtype="float64")
+    recorded = cases_of({one: 1, odd: 1})
+    assert [case.name for shape in recorded for case in shape.cases] == ["decode N=8 float32 graph"]
+    [(problem, reason)] = [pair for shape in recorded for pair in shape.left_out]
+    assert problem == odd
+    assert "state_dtype: expected" in reason
+
+
 def test_the_most_often_missed_come_first_and_shapes_apart():
     one, two = problem_of("decode N=1"), problem_of("decode N=64")
     other = describe(concrete(model(MODEL).shard(4), parse_case("decode N=8")), "cuda", 90, "graph")

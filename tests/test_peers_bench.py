@@ -157,6 +157,31 @@ def test_what_is_wrong_is_not_timed():
     assert not judged["only"]["conforms"]
 
 
+@pytest.mark.parametrize("fault", [None, "by host", "replayed"])
+def test_what_runs_from_the_host_and_what_a_graph_replays_are_both_judged(monkeypatch, fault):
+    """The registry may choose otherwise in a graph: neither verdict stands for the other."""
+    made = child.Bench(cells.SMOKE[1], "cpu")
+    right = registry.backends("fused_sigmoid_gating")["torch_vectorized"]
+    problem = made.calls[0].problem("eager")
+    run = right.bind(problem, right.configs(problem)[0])
+
+    def launch(call):
+        return call.out.fill_(1.0) if fault == "by host" else run(call)
+
+    def replayed(bench, candidate):
+        bench.truth.restore()
+        out = run(candidate.calls[0])
+        out.view(-1)[0] *= 3.0 if fault == "replayed" else 1.01
+        return out
+
+    monkeypatch.setattr(child.Bench, "replayed", replayed)
+    candidate = child.Candidate("", launch, made.with_out(), None, child.Bound(None))
+    timed, judged = child._timed(made, child.OWN, {"": candidate})
+    assert timed["extra"]["status"] == ("timed" if fault is None else "wrong")
+    if fault is None:
+        assert timed["error"] == judged[""]["error"] != judged[""]["by_host"]["error"], "of what is timed by graph"
+
+
 def test_the_registry_s_choice_and_its_warm_up_are_under_the_policy_in_force(tmp_path):
     environment, store = registry.default.environment("cpu"), registry.default.store
     for policy in ("float32", "rounded"):

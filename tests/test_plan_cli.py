@@ -73,3 +73,10 @@ def test_diff_compares_choices_and_environments(exported, tmp_path):
 def test_a_file_that_is_no_plan_is_a_typed_error(tmp_path):
     done = run("show", tmp_path / "none.json")
     assert isinstance(done.exception, PlanError)
+
+
+def test_check_of_a_file_that_is_not_there_is_no_answer(tmp_path):
+    """1 would say that the plan was refused."""
+    done = run("check", tmp_path / "none.json")
+    assert isinstance(done.exception, PlanError)
+    assert "no such file" in str(done.exception)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,7 @@ from isokern.errors import (
     RegistrationError,
     UnknownNameError,
 )
-from isokern.registry import Accepted, Backend, Config, OpSpec, Registry, RejectCode, Rejected, Rule
+from isokern.registry import Accepted, Backend, Config, FunctionBackend, OpSpec, Registry, RejectCode, Rejected, Rule
 from isokern.registry.overrides import environment_overrides, use
 
 
@@ -300,6 +302,157 @@ class TestThirdParties:
         verdict = made.dispatcher("toy").decide(Size(1)).outcome_of("bad")
         assert verdict.code is RejectCode.NOT_INSTALLED
         assert "tp_missing" in verdict.reason
+
+    @pytest.fixture
+    def thirdparty(self, tmp_path, monkeypatch):
+        """A registry where a distribution with this entry point and module is installed."""
+
+        def install(target: str, code: str) -> Registry:
+            dist = tmp_path / "thirdparty-1.0.dist-info"
+            dist.mkdir()
+            (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
+            (dist / "entry_points.txt").write_text(f"[isokern.backends]\nmine = {target}\n")
+            (tmp_path / f"{target.partition(':')[0]}.py").write_text(code)
+            monkeypatch.syspath_prepend(tmp_path)
+            made = Registry(builtin_ops={}, load_plugins=True)
+            made.register_op(toy_spec())
+            made.use_store(NoStore())
+            return made
+
+        return install
+
+    def test_an_entry_point_that_is_no_backend_is_reported_and_takes_nobody_along(self, thirdparty):
+        made = thirdparty("tp_function:run", "def run(call): return call\n")
+        with pytest.warns(UserWarning, match=r"'mine' .* failed to load: TypeError: expected a Backend class"):
+            made.register_backend(Slow())
+        assert made.get("toy")(1) == ("slow", 2)
+        assert "TypeError" in made.dispatcher("toy").decide(Size(1)).outcome_of("mine").reason
+        assert set(made.backends("toy")) == {"slow", "mine"}, "the second time as the first"
+
+    def test_an_entry_point_may_be_a_module_that_registers_by_decorator(self, thirdparty, recwarn):
+        code = (
+            "import tp_registry\n"
+            "@tp_registry.made.backend('toy', 'mine', provenance='external', priority=99)\n"
+            "def mine(n): return ('mine', 2 * n)\n"
+        )
+        made = thirdparty("tp_decorated", code)
+        sys.modules["tp_registry"] = SimpleNamespace(made=made)
+        try:
+            made.register_backend(Slow())
+            assert made.get("toy")(1) == ("mine", 2)
+        finally:
+            del sys.modules["tp_registry"], sys.modules["tp_decorated"]
+        assert [str(w.message) for w in recwarn] == []
+
+    @pytest.mark.parametrize("missing", ["nosuchpackage.sub", "json.nosuch", "os.path.nosuch"])
+    def test_a_module_inside_a_package_may_be_missing_with_or_without_it(self, registry, missing):
+        registry.backend("toy", "needy", requires=(missing,), priority=99)(lambda n: n)
+        assert registry.get("toy")(1) == ("fast4", 2)
+        assert registry.dispatcher("toy").decide(Size(1)).outcome_of("needy").code is RejectCode.NOT_INSTALLED
+
+    def test_what_is_required_is_not_imported_nor_is_the_package_it_is_in(self, registry, tmp_path, monkeypatch):
+        (tmp_path / "tp_heavy").mkdir()
+        (tmp_path / "tp_heavy" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+        (tmp_path / "tp_heavy" / "inner.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        registry.backend("toy", "needy", requires=("tp_heavy.inner",), priority=99)(lambda n: ("needy", 2 * n))
+        assert registry.get("toy")(1) == ("needy", 2)
+
+
+class TestTheFingerprintOfAFunction:
+    @staticmethod
+    def fingerprint(run) -> str:
+        return FunctionBackend(run, "toy", "mine").fingerprint()
+
+    def written(self, tmp_path, text: str):
+        """The function ``run`` of a module with this text, after a decorator of another module's."""
+        file = tmp_path / "tp_kernel.py"
+        file.write_text(f"import contextlib, functools\n{text}")
+        names: dict = {}
+        exec(compile(file.read_text(), file, "exec"), names)
+        return names["run"]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "def run(n): return {}\n",
+            "@contextlib.contextmanager\ndef run(n): yield {}\n",
+            "def f(k, n): return {}\nrun = functools.partial(f, 1)\n",
+            "class C:\n    def __call__(self, n): return {}\nrun = C()\n",
+            "class C:\n    def m(self, n): return {}\nrun = C().m\n",
+        ],
+        ids=["plain", "decorated", "partial", "callable object", "method"],
+    )
+    def test_changes_with_the_file_it_is_written_in(self, tmp_path, text):
+        prints = [self.fingerprint(self.written(tmp_path, text.format(value))) for value in (1, 1, 2)]
+        assert prints[0] == prints[1] != prints[2]
+
+    def test_without_a_file_changes_with_what_it_does(self):
+        def cell(number: int, text: str):
+            names: dict = {}
+            exec(compile(text, f"<cell {number}>", "exec"), names)
+            return self.fingerprint(names["run"])
+
+        one = cell(1, "def run(n): return (lambda x: x + 1)(n)")
+        assert cell(2, "def run(n): return (lambda x: x + 1)(n)") == one
+        assert cell(3, "def run(n): return (lambda x: x + 2)(n)") != one
+        assert self.fingerprint(len) != self.fingerprint(abs)
+
+
+class TestThreads:
+    @pytest.fixture(autouse=True)
+    def often(self):
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        yield
+        sys.setswitchinterval(before)
+
+    @staticmethod
+    def at_once(work, count=8):
+        barrier, found = threading.Barrier(count), []
+
+        def run():
+            barrier.wait()
+            found.append(work())
+
+        threads = [threading.Thread(target=run) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == count
+        return found
+
+    def test_an_op_is_one_object_whoever_asks_first(self):
+        for _ in range(30):
+            made = Registry(builtin_ops={}, load_plugins=False)
+            made.register_op(toy_spec())
+            assert len({id(op) for op in self.at_once(lambda made=made: made.get("toy"))}) == 1
+
+    def test_backends_are_found_once_and_all_of_them_by_everybody(self, recwarn):
+        for _ in range(10):
+            made = Registry()
+            [names] = {tuple(found) for found in self.at_once(lambda made=made: made.backends("fused_sigmoid_gating"))}
+            assert len(names) > 10
+        assert not [w for w in recwarn if "the name is taken" in str(w.message)]
+
+    def test_backends_that_come_and_go_do_not_disturb_who_looks_through_them(self, registry):
+        def come_and_go():
+            name = f"thread {threading.get_ident()}"
+            for _ in range(50):
+                registry.backend("toy", name, priority=-5)(lambda n: n)
+                registry.dispatcher("toy").decide(Size(1))
+                registry.unregister_backend("toy", name)
+
+        self.at_once(come_and_go, 4)
+        assert set(registry.backends("toy")) == {"slow", "fast"}
+
+
+def test_an_override_from_the_environment_reaches_an_op_with_capitals(monkeypatch):
+    monkeypatch.setenv("ISOKERN_BACKEND_TOY2", "slow")
+    made = Registry(builtin_ops={}, load_plugins=False)
+    made.register_op(toy_spec("Toy2"))
+    assert made.environment_override("Toy2") == "slow"
 
 
 def test_environment_overrides_are_per_op():

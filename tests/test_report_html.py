@@ -370,3 +370,14 @@ def test_the_command_says_what_is_wrong(store, tmp_path):
 
 def test_writing_is_counted(store, tmp_path):
     assert write_report(tmp_path / "r.html", store) == (10, html_report_plots.available())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--tp", "4"), ("--tier", "core"), ("--workloads", "x.yaml"), ("--device", "tpu"), ("--accuracy", "rounded")],
+)
+def test_what_is_about_a_model_is_refused_without_one(store, tmp_path, option, value):
+    done = run("--root", store.layers[0].root, "--out", tmp_path / "x.html", option, value)
+    assert done.exit_code != 0
+    assert f"{option}: expected --model beside it" in str(done.exception)
+    assert not (tmp_path / "x.html").exists()

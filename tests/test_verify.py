@@ -246,3 +246,17 @@ def test_a_report_survives_json():
     )
     report = Report(OP, "x", "default", findings, (), {"N1": "holds"}, {"M1": "why"}, "somewhere")
     assert Report.from_dict(json.loads(report.to_json())) == report
+
+
+def test_findings_that_could_not_be_kept_are_not_looked_for(monkeypatch, tmp_path):
+    ran, nowhere, out = Ran(monkeypatch), tmp_path / "none" / "x.json", Console(file=io.StringIO())
+    with pytest.raises(ArgumentValueError, match=r"--report: expected a file that can be written, given .*none"):
+        verify_backends(OP, ["torch_reference"], ["N1"], full=False, every_config=False, report=nowhere, out=out)
+    assert ran.calls == []
+
+
+def test_a_module_that_cannot_be_imported_is_named():
+    from isokern.cli import import_backends
+
+    with pytest.raises(ArgumentValueError, match="--import: expected a module that can be imported, given nomodule: "):
+        import_backends(["nomodule"])

@@ -10,7 +10,7 @@ from ...registry.backend import Backend, Config, works_in_chunks
 from ...registry.decision import Accepted
 from ...registry.plugins import checked
 
-__all__ = ["Part", "capable"]
+__all__ = ["Part", "capable", "may_run_beside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +45,11 @@ def capable(backends: Iterable[Backend], problem: Any) -> list[Backend]:
     """
     able = (b for b in backends if "repeatable" in b.tags and isinstance(checked(b, problem), Accepted))
     return sorted(able, key=lambda b: (-b.rank(problem), b.name))
+
+
+def may_run_beside(backend: Backend) -> bool:
+    """Whether it may run on a stream beside another part: it writes no state but those it is to store.
+
+    On a GPU torch's operations give a slot that nobody stores its value back, which has changed by then.
+    """
+    return backend.provenance != "torch"

@@ -18,7 +18,7 @@ from ...registry.varlen.layout import SequenceLayout
 from ..launch.launcher import Runner as Launched
 from .addressed import Assigned, Kinds
 from .bound import config_within
-from .part import Part, capable
+from .part import Part, capable, may_run_beside
 from .profiles import long_part, short_part
 from .streams import SideStreams
 from .subcall import call_of
@@ -142,6 +142,8 @@ class CompositeRunner:
     def _bind(self, long: bool, problem: Problem) -> Runner:
         part, expected = self.long if long else self.short, self._expected[long]
         backend, config = chosen(self._backends, self._op, part, problem, self.bound, expected)
+        if not may_run_beside(backend):
+            self._streams = None
         return backend.bind(problem, config)
 
 

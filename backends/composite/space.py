@@ -10,7 +10,7 @@ from itertools import islice
 from ...registry.backend import Backend, Config, works_in_chunks
 from ...registry.ops.fused_sigmoid_gating.problem import Problem
 from .bound import bound_of, common
-from .part import Part, capable
+from .part import Part, capable, may_run_beside
 from .profiles import long_part, short_part, thresholds
 
 __all__ = ["MOST_CONFIGS", "Sides", "configs", "sides_of"]
@@ -123,6 +123,6 @@ def _config(
         cut=bound.cut,
         long=str(Part.of(long, for_long)),
         short=str(Part.of(short, for_short)),
-        streams=streams,
+        streams=streams if may_run_beside(short) and may_run_beside(long) else 1,
         threshold=threshold,
     )

@@ -93,7 +93,7 @@ class Launcher(Runner):
         except (OSError, RuntimeError) as error:
             raise self._failed("load", str(error)) from error
         for variant in compiler.expected():
-            self._kernel(variant, self._driver.device())
+            self._ahead(variant)
 
     def prepared(self, call: Call) -> Prepared:
         layout = self.compiler.layout(call)
@@ -111,24 +111,41 @@ class Launcher(Runner):
         step = step_of(layout, device, self._driver, kernel, partial(self._failed, "launch", layout=layout))
         return Prepared((step,), 0, call.q.device, self._driver)
 
+    def _ahead(self, variant: Variant) -> None:
+        """Load onto the current device, if it is one that the code is for: calls may have their tensors on another."""
+        kernel = self._known(variant)
+        try:
+            kernel.prepare(self._driver.device())
+        except DriverError as error:
+            if not error.image_refused:  # else a call with tensors there says so
+                raise self._unloadable(kernel, error) from error
+
     def _kernel(self, variant: Variant, device: int | None) -> Kernel:
         """The loaded kernel, ready on ``device``."""
         kernel = self._kernels.get(variant)
         if kernel is not None and kernel.ready(device):
             return kernel
+        kernel = self._known(variant)
+        try:
+            kernel.prepare(device)
+        except DriverError as error:
+            raise self._unloadable(kernel, error) from error
+        return kernel
+
+    def _known(self, variant: Variant) -> Kernel:
+        """The kernel, compiled and read by the driver."""
         self._refuse_forked()
         if self._driver.capturing():
             raise NotPreparedError(_OP, self.backend, self.config.label, self.problem.label)
         with self._lock:
             kernel = self._kernels.get(variant) or self._loaded(variant)
             self._kernels[variant] = kernel
-        try:
-            kernel.prepare(device)
-        except DriverError as error:
-            image = kernel.image
-            needs = f"{image.threads} threads and {image.shared} bytes of dynamic shared memory per block"
-            raise self._failed("load", f"{error} (the kernel takes {needs})") from error
         return kernel
+
+    def _unloadable(self, kernel: Kernel, error: DriverError) -> BackendFailedError:
+        image = kernel.image
+        needs = f"{image.threads} threads and {image.shared} bytes of dynamic shared memory per block"
+        return self._failed("load", f"{error} (the kernel takes {needs})")
 
     def _loaded(self, variant: Variant) -> Kernel:
         image = self._image(variant)

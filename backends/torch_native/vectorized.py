@@ -178,7 +178,8 @@ class _Tree:
             return
         parents, rows = self._parents[:live, t], self._rows[:live]
         states = self._run._by_head(live)
-        stored = self._stored[rows.clamp(min=0), parents.clamp(min=0)].to(states.dtype)
+        # Beyond a sequence's end entries may be anything; what they lead to is not used.
+        stored = self._stored[rows.clamp(min=0), parents.clamp(0, t - 1)].to(states.dtype)
         wide = (..., None, None, None, None)
         stored = torch.where((parents < 0)[wide], self._start[:live], stored)
         goes_back = rows >= 0

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ...autotune.compiling import processors
 from ...engines.session import EngineSession
-from ...errors import UnknownNameError
+from ...errors import ArgumentValueError, UnknownNameError
 from .. import backends as registered
 from .. import spec as spec_of
 from .check import Check, Finding, Tier
@@ -60,6 +60,8 @@ def verify_backends(
     for name in checks or ():
         if name not in known:
             raise UnknownNameError("check", name, known)
+    if report is not None:
+        _require_writable(report)
     if jobs is None:
         jobs = sensible_jobs(len(names or registered(op)) * len(checks or known))
     if jobs == 1:
@@ -78,6 +80,15 @@ def verify_backends(
     if report is not None:
         report.write_text(json.dumps([r.to_dict() for r in reports], indent=1, allow_nan=False) + "\n")
     return bool(reports) and all(r.ok for r in reports)
+
+
+def _require_writable(report: Path) -> None:
+    """Raise ArgumentValueError if the findings could not be kept: it is known before hours of checks, not after."""
+    try:
+        with report.open("a"):
+            pass
+    except OSError as error:
+        raise ArgumentValueError("--report", "a file that can be written", f"{report} ({error.strerror})") from error
 
 
 def _here(

@@ -139,6 +139,8 @@ class HotPath:
             if isinstance(cu, SequenceLayout):
                 layout, cu = cu, cu.cu_seqlens
             elif isinstance(cu, GraphLayout):
+                if not _has_room(q, cu):
+                    return self._first({**locals(), "tensors": ()})  # which refuses it
                 max_seqlen = cu.max_length if max_seqlen is None else max_seqlen
                 cu = cu.cu_seqlens
         # A step updates a pool in place and has nothing unusual. Its tensors are handed to the guard one by one: no
@@ -286,3 +288,8 @@ class HotPath:
     def failed(self, entry: Entry, error: Exception) -> BackendFailedError:
         """The typed error for an entry's runner that raised."""
         return self._first.failed(entry.decision, entry.problem, error)
+
+
+def _has_room(q: Any, layout: GraphLayout) -> bool:
+    """Whether all tokens that a layout may come to hold are there: its offsets change where nobody looks."""
+    return layout.max_tokens is None or (isinstance(q, Tensor) and q.dim() > 1 and layout.max_tokens <= q.shape[1])

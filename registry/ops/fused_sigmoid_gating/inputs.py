@@ -241,5 +241,6 @@ def _verification(
         parents[:, :1] = -1
         if steps > 3:
             parents[:, 3] = -1  # a second root: starts from the sequence's own start
+        parents[step >= torch.tensor(spec.lengths)[:, None]] = steps  # nobody's: such a step there is not
         kwargs["retrieve_parent_token"] = parents.to(index).to(device)
     return storage

@@ -25,7 +25,15 @@ from ...varlen.classes import LengthClass, class_of_lengths
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CODE_TRACE", "CONVERSATION_TRACE", "LengthKind", "LengthLayout", "PromptTrace", "parse_lengths"]
+__all__ = [
+    "CODE_TRACE",
+    "CONVERSATION_TRACE",
+    "MOST_SEQUENCES",
+    "LengthKind",
+    "LengthLayout",
+    "PromptTrace",
+    "parse_lengths",
+]
 
 _SKEW_N = 32
 # The long sequence's share of a skewed batch, about 0.76, as the fraction that gives 6208 of 8192.
@@ -70,6 +78,10 @@ CONVERSATION_TRACE = PromptTrace("conversation", mu=6.63, sigma=0.99)
 CODE_TRACE = PromptTrace("code", mu=7.0, sigma=1.36)
 
 
+#: Sequences of a batch that a workload may name.
+MOST_SEQUENCES = 1 << 22
+
+
 @dataclass(frozen=True, slots=True)
 class LengthLayout:
     """``n`` sequences holding exactly ``tokens`` tokens together.
@@ -83,7 +95,8 @@ class LengthLayout:
         groups: runs ``(count, length)`` of ``groups``, in order; empty for the other kinds.
 
     Raises:
-        ArgumentValueError: a count is negative, or the kind cannot spread ``tokens`` over ``n``.
+        ArgumentValueError: a count is negative, or beyond :data:`MOST_SEQUENCES`, or the kind cannot spread ``tokens``
+            over ``n``.
     """
 
     kind: LengthKind
@@ -97,6 +110,8 @@ class LengthLayout:
         for name, value in (("n", self.n), ("tokens", self.tokens), ("seed", self.seed)):
             if value < 0:
                 raise ArgumentValueError(name, "a count of zero or more", str(value))
+        if self.n > MOST_SEQUENCES:  # their lengths are spelled out one by one
+            raise ArgumentValueError("n", f"at most {MOST_SEQUENCES} sequences", str(self.n))
         if self.n == 0 and self.tokens:
             raise ArgumentValueError("tokens", "0 where there is no sequence", str(self.tokens))
         if self.kind is LengthKind.LOGNORMAL:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ....cache.compare import differences
+from ....errors import ArgumentValueError
 from ...accuracy import DEFAULT
 from ...varlen.classes import LengthClass
 from ...varlen.profile import VarlenProfile
@@ -79,7 +80,10 @@ def _case(shard: Shard, problem: Problem) -> Case | str:
         name += f" {accuracy}"
     steps = max(lengths) if verify is not Verify.NONE else 0
     layouts = (problem.state_dtype, verify, steps, policy, problem.state_layout)
-    case = Case(name, phase, layout, *layouts, tier=Tier.CORE, accuracy=accuracy)
+    try:
+        case = Case(name, phase, layout, *layouts, tier=Tier.CORE, accuracy=accuracy)
+    except ArgumentValueError as error:  # a float64 pool, say: the op takes it, no workload has it
+        return str(error)
     tuned = describe(concrete(shard, case), problem.device, problem.arch, problem.mode, problem.accuracy).tuning_key()
     unlike = differences(tuned, problem.tuning_key())
     if unlike:

@@ -42,12 +42,14 @@ class ArgumentError(IsokernError):
         argument: name of the offending argument.
         expected: what the contract asks for, in words.
         given: what the caller passed, in words.
+        hint: what may help; "" if there is none.
     """
 
     def __init__(self, argument: str, expected: str, given: str, hint: str = "") -> None:
         self.argument = argument
         self.expected = expected
         self.given = given
+        self.hint = hint
         text = f"{argument}: expected {expected}, given {given}"
         super().__init__(f"{text} ({hint})" if hint else text)
 

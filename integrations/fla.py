@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from .. import registry
-from ..errors import ArgumentTypeError, ArgumentValueError
+from ..errors import ArgumentError, ArgumentTypeError, ArgumentValueError
 from ..registry.varlen.layout import SequenceLayout
-from .arguments import refuse, refuse_unknown
+from ..registry.varlen.offsets import check_offsets_tensor
+from .arguments import refuse, refuse_unknown, rethrow
+from .checks import gradients_wanted, ranked, required, sequences, shaped
 from .gates import raw_beta, raw_decay
 from .slots import slots
 
@@ -25,6 +27,13 @@ __all__ = ["chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_gated_delta_r
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
+#: The op's names of arguments that have others here.
+_NAMES = {
+    "b": "beta",
+    "initial_state_source": "initial_state",
+    "query_start_loc": "cu_seqlens",
+    "query_start_loc_cpu": "cu_seqlens_cpu",
+}
 _RAW_ONLY = "it belongs to raw gates: use_gate_in_kernel=True"
 _CHOSEN = "how a kernel runs is the registry's choice; it does not change the result"
 _PARALLEL = "context parallelism is not served"
@@ -32,7 +41,7 @@ _PARALLEL = "context parallelism is not served"
 
 @dataclass(frozen=True, slots=True)
 class _Gates:
-    """The op's gate arguments."""
+    """The op's gate arguments; name: what the caller calls ``a``."""
 
     A_log: torch.Tensor
     a: torch.Tensor
@@ -41,6 +50,7 @@ class _Gates:
     is_kda: bool
     allow_neg_eigval: bool
     lower_bound: float | None = None
+    name: str = "g"
 
 
 def fused_recurrent_gated_delta_rule(
@@ -67,7 +77,8 @@ def fused_recurrent_gated_delta_rule(
     """The gated delta rule; differentiable, unlike the original.
 
     Args:
-        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; g, beta: ``[B, T, HV]``, None for 0 and 1;
+        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; g, beta: ``[B, T, HV]``, None for 0 and 1 (g is required raw);
+        beta per value channel, ``[B, T, HV, V]``: not served;
         gk: ``[B, T, HV, K]``, decays per key channel, multiplied with g's; gv: not served.
         initial_state: ``[N, HV, K, V]`` (``V, K`` with state_v_first), never written.
 
@@ -79,17 +90,27 @@ def fused_recurrent_gated_delta_rule(
     refuse("decays per value channel are not served", gv=gv)
     if use_gate_in_kernel:
         refuse("raw gates are per head", gk=gk)
-    if g is None and gk is None:
-        g = q.new_zeros(*v.shape[:3], dtype=torch.float32)
-    decay = g if gk is None else gk if g is None else gk + g.unsqueeze(-1)
-    assert decay is not None
+        if g is None:
+            raise ArgumentTypeError("g", "a tensor with use_gate_in_kernel=True", "None")
+    ranked("q", q, "[B, T, H, K]")
+    ranked("v", v, "[B, T, HV, V]")
+    if g is not None and gk is not None:
+        shaped("g", g, "[B, T, HV]", v.shape[:3])
+        shaped("gk", gk, "[B, T, HV, K]", (*v.shape[:3], q.shape[3]))
+        decay = gk + g.unsqueeze(-1)
+    elif gk is not None:
+        decay = gk
+    elif g is not None:
+        decay = g
+    else:
+        decay = q.new_zeros(*v.shape[:3], dtype=torch.float32)
     if beta is None:
         if use_beta_sigmoid_in_kernel:
             raise ArgumentTypeError("beta", "a tensor with use_beta_sigmoid_in_kernel=True", "None")
         beta = q.new_ones(*v.shape[:3], dtype=torch.float32)
     gates = _gates(
         q, v, decay, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval,
-        is_kda=gk is not None,
+        is_kda=gk is not None, name="g" if gk is None else "gk",
     )  # fmt: skip
     return _run(
         q, k, v, gates, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, state_v_first, cu_seqlens
@@ -245,8 +266,8 @@ def _raw_gate_arguments(kwargs: dict[str, Any]) -> tuple[bool, torch.Tensor | No
 def _gates(
     q: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor | None,
     raw_g: bool,
     A_log: torch.Tensor | None,
     dt_bias: torch.Tensor | None,
@@ -255,8 +276,18 @@ def _gates(
     *,
     is_kda: bool,
     lower_bound: float | None = None,
+    name: str = "g",
 ) -> _Gates:
-    """Raw where the caller has them raw, undone where not."""
+    """Raw where the caller has them raw, undone where not. name: what the caller calls g."""
+    ranked("q", q, "[B, T, H, K]")
+    ranked("v", v, "[B, T, HV, V]")
+    required(name, g)
+    required("beta", beta)
+    assert g is not None
+    assert beta is not None
+    if beta.dim() == v.dim():
+        expected, given = f"[B, T, HV] = {list(v.shape[:3])}", f"shape {list(beta.shape)}"
+        raise ArgumentValueError("beta", expected, given, "betas per value channel are not served")
     if allow_neg_eigval and not raw_b:
         raise ArgumentValueError("allow_neg_eigval", "use_beta_sigmoid_in_kernel=True with it", "False")
     if raw_g:
@@ -274,6 +305,7 @@ def _gates(
         is_kda=is_kda,
         allow_neg_eigval=allow_neg_eigval or not raw_b,
         lower_bound=lower_bound,
+        name=name,
     )
 
 
@@ -291,47 +323,53 @@ def _run(
     cu_seqlens_cpu: torch.Tensor | None = None,
 ) -> Result:
     """The op, with a pool of N states in batch order where there are states."""
+    n = sequences(q, cu_seqlens)
     if cu_seqlens is None:
         refuse("it belongs to cu_seqlens", cu_seqlens_cpu=cu_seqlens_cpu)
-    elif cu_seqlens_cpu is not None and cu_seqlens_cpu.shape != cu_seqlens.shape:
-        expected, given = (f"shape {list(t.shape)}" for t in (cu_seqlens, cu_seqlens_cpu))
-        raise ArgumentValueError("cu_seqlens_cpu", f"cu_seqlens' {expected}", given)
-    floats = (q, k, v, gates.A_log, gates.a, gates.dt_bias, gates.b, initial_state)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
+    elif cu_seqlens_cpu is not None:
+        check_offsets_tensor(cu_seqlens_cpu, "cu_seqlens_cpu")
+        if cu_seqlens_cpu.shape != cu_seqlens.shape:
+            expected, given = (f"shape {list(t.shape)}" for t in (cu_seqlens, cu_seqlens_cpu))
+            raise ArgumentValueError("cu_seqlens_cpu", f"cu_seqlens' {expected}", given)
+    grad = gradients_wanted(q, k, v, gates.A_log, gates.a, gates.dt_bias, gates.b, initial_state)
     if grad and output_final_state:
         expected = "False where gradients are wanted (the final state has none)"
         raise ArgumentValueError("output_final_state", expected, "True", "use torch.no_grad()")
-    layout: torch.Tensor | SequenceLayout | None = cu_seqlens
-    if cu_seqlens is not None and (cu_seqlens_cpu is not None or grad):
-        # Backends with gradients must know the lengths on the host.
-        layout = SequenceLayout.from_query_start_loc(cu_seqlens, query_start_loc_cpu=cu_seqlens_cpu)
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads, dims = v.shape[2], (q.shape[3], v.shape[3])
     pool = initial_state
-    if pool is not None and pool.shape[0] != n:
-        raise ArgumentValueError("initial_state", f"{n} states, one per sequence", f"{pool.shape[0]}")
+    if pool is not None:
+        ranked("initial_state", pool, "[N, HV, V, K]" if state_v_first else "[N, HV, K, V]")
+        if pool.shape[0] != n:
+            raise ArgumentValueError("initial_state", f"{n} states, one per sequence", f"{pool.shape[0]}")
     if output_final_state:
         shape = (n, heads, *(dims[::-1] if state_v_first else dims))
         pool = q.new_zeros(shape, dtype=torch.float32) if pool is None else pool.to(torch.float32, copy=True)
-    o: torch.Tensor = registry.get("fused_sigmoid_gating")(
-        gates.A_log,
-        gates.a,
-        gates.dt_bias,
-        1.0,
-        20.0,
-        q,
-        k,
-        v,
-        gates.b,
-        pool,
-        None if pool is None else slots(n, q.device),
-        scale,
-        l2norm,
-        layout,
-        state_layout="vk" if state_v_first else "kv",
-        is_kda=gates.is_kda,
-        lower_bound=gates.lower_bound,
-        allow_neg_eigval=gates.allow_neg_eigval,
-        disable_state_update=pool is not None and not output_final_state,
-    )
+    layout: torch.Tensor | SequenceLayout | None = cu_seqlens
+    try:
+        if cu_seqlens is not None and (cu_seqlens_cpu is not None or grad):
+            # Backends with gradients must know the lengths on the host.
+            layout = SequenceLayout.from_query_start_loc(cu_seqlens, query_start_loc_cpu=cu_seqlens_cpu)
+        o: torch.Tensor = registry.get("fused_sigmoid_gating")(
+            gates.A_log,
+            gates.a,
+            gates.dt_bias,
+            1.0,
+            20.0,
+            q,
+            k,
+            v,
+            gates.b,
+            pool,
+            None if pool is None else slots(n, q.device),
+            scale,
+            l2norm,
+            layout,
+            state_layout="vk" if state_v_first else "kv",
+            is_kda=gates.is_kda,
+            lower_bound=gates.lower_bound,
+            allow_neg_eigval=gates.allow_neg_eigval,
+            disable_state_update=pool is not None and not output_final_state,
+        )
+    except ArgumentError as error:
+        rethrow(error, {**_NAMES, "a": gates.name})
     return o, pool if output_final_state else None

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from .. import registry
-from ..errors import ArgumentValueError
+from ..errors import ArgumentTypeError, ArgumentValueError
 from .arguments import refuse
+from .checks import ranked, required
 
 __all__ = ["fused_sigmoid_gating_delta_rule_update"]
 
@@ -69,14 +70,18 @@ def fused_sigmoid_gating_delta_rule_update(
         replayssm_beta=replayssm_beta,
     )
     refuse("one kernel's rounding is not reproduced here", match_cutedsl_decode=match_cutedsl_decode)
+    required("A_log", A_log)
+    required("a", a)
+    required("b", b)
+    ranked("q", q, "[B, T, H, K]")
     if cache_steps is not None:
-        steps = 0 if intermediate_states_buffer is None else intermediate_states_buffer.shape[1]
-        if not 0 <= cache_steps <= steps:
-            raise ArgumentValueError("cache_steps", f"at most the buffer's {steps} steps", str(cache_steps))
+        _check_steps(cache_steps, intermediate_states_buffer)
+    if retrieve_parent_token is not None:
+        required("retrieve_parent_token", retrieve_parent_token)
+        retrieve_parent_token = retrieve_parent_token.contiguous()
     batch, length = q.shape[:2]
     if batch > 1:
-        a = a.unflatten(0, (batch, length)) if a.dim() == 2 else a  # type: ignore[no-untyped-call]
-        b = b.unflatten(0, (batch, length)) if b.dim() == 2 else b  # type: ignore[no-untyped-call]
+        a, b = _batched(a, batch, length), _batched(b, batch, length)
     o: torch.Tensor = registry.get("fused_sigmoid_gating")(
         A_log.reshape(-1) if A_log.dim() != 1 else A_log,
         a,
@@ -98,6 +103,24 @@ def fused_sigmoid_gating_delta_rule_update(
         disable_state_update=disable_state_update,
         intermediate_states_buffer=intermediate_states_buffer,
         intermediate_state_indices=intermediate_state_indices,
-        retrieve_parent_token=None if retrieve_parent_token is None else retrieve_parent_token.contiguous(),
+        retrieve_parent_token=retrieve_parent_token,
     )
     return o
+
+
+def _check_steps(cache_steps: int, buffer: torch.Tensor | None) -> None:
+    """Raise unless a buffer is there that has as many steps."""
+    if buffer is None:
+        raise ArgumentValueError("cache_steps", "None without intermediate_states_buffer", repr(cache_steps))
+    ranked("intermediate_states_buffer", buffer, "[rows, steps, HV, V, K]")
+    if isinstance(cache_steps, bool) or not isinstance(cache_steps, int):
+        raise ArgumentTypeError("cache_steps", "an int", type(cache_steps).__name__)
+    if not 0 <= cache_steps <= buffer.shape[1]:
+        raise ArgumentValueError("cache_steps", f"at most the buffer's {buffer.shape[1]} steps", str(cache_steps))
+
+
+def _batched(gate: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """``[B, T, ...]`` where the gate comes as ``[B * T, ...]``; else as it is, for the op to judge."""
+    if gate.dim() != 2 or gate.shape[0] != batch * length:
+        return gate
+    return gate.unflatten(0, (batch, length))  # type: ignore[no-untyped-call, no-any-return]

@@ -8,10 +8,20 @@ from __future__ import annotations
 import torch
 
 from .. import registry
-from ..errors import ArgumentTypeError, ArgumentValueError
-from .slots import slots
+from ..errors import ArgumentError, ArgumentTypeError, ArgumentValueError
+from .arguments import rethrow
+from .checks import gradients_wanted, ranked, required, sequences, slot_numbers
+from .slots import scatter, slots
 
 __all__ = ["fused_sigmoid_gating_delta_rule_update"]
+
+#: The op's names of arguments that have others here.
+_NAMES = {
+    "softplus_beta": "beta",
+    "softplus_threshold": "threshold",
+    "initial_state_source": "initial_state",
+    "initial_state_indices": "ssm_state_indices",
+}
 
 
 def fused_sigmoid_gating_delta_rule_update(
@@ -56,13 +66,19 @@ def fused_sigmoid_gating_delta_rule_update(
         raise ArgumentTypeError(name, "a tensor", "None")
     if not inplace_final_state:
         raise ArgumentValueError("inplace_final_state", "True", "False", "states go to the slots of their tokens")
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    ranked("q", q, "[B, T, H, K]")
+    required("initial_state", initial_state)
+    required("ssm_state_indices", ssm_state_indices)
+    n = sequences(q, cu_seqlens)
     table = ssm_state_indices if ssm_state_indices.dim() == 2 else ssm_state_indices.unsqueeze(-1)
     if table.dim() != 2 or table.shape[0] != n:
         given = f"shape {list(ssm_state_indices.shape)}"
         raise ArgumentValueError("ssm_state_indices", f"[N] or [N, steps] with N = {n}", given)
     steps = table.shape[1]
-    tokens = _longest(q, cu_seqlens, n)
+    slot_numbers("ssm_state_indices", table, (n, steps), q.device)
+    if num_accepted_tokens is not None:
+        slot_numbers("num_accepted_tokens", num_accepted_tokens, (n,), q.device)
+    tokens = max(1, _longest(q, cu_seqlens, n))
     if tokens > steps:
         raise ArgumentValueError(
             "ssm_state_indices", f"a slot for each of {tokens} tokens or more", f"{steps} a sequence"
@@ -71,25 +87,26 @@ def fused_sigmoid_gating_delta_rule_update(
     gates = (A_log, a, dt_bias, beta, threshold, q, k, v, b)
     options = {"state_layout": "vk", "is_kda": is_kda, "max_seqlen": min(steps, q.shape[1])}
     op = registry.get("fused_sigmoid_gating")
-    if steps == 1:
-        # One token each: from its slot to its slot.
+    buffer: torch.Tensor | None = None
+    if steps > 1:  # else each sequence goes from its slot to its slot
+        if gradients_wanted(A_log, a, dt_bias, q, k, v, b, initial_state):
+            expected = "one slot a sequence where gradients are wanted"
+            raise ArgumentValueError("ssm_state_indices", expected, f"{steps} a sequence", "use torch.no_grad()")
+        buffer = initial_state.new_empty(n, steps, *initial_state.shape[1:])
+        options |= {
+            "disable_state_update": True,
+            "intermediate_states_buffer": buffer,
+            "intermediate_state_indices": slots(n, q.device),
+        }
+    try:
         o: torch.Tensor = op(*gates, initial_state, first, scale, use_qk_l2norm_in_kernel, cu_seqlens, **options)
-        return o, initial_state
-    lengths = None if cu_seqlens is None else cu_seqlens.diff()
-    buffer = initial_state.new_empty(n, steps, *initial_state.shape[1:])
-    o = op(
-        *gates,
-        initial_state,
-        first,
-        scale,
-        use_qk_l2norm_in_kernel,
-        cu_seqlens,
-        disable_state_update=True,
-        intermediate_states_buffer=buffer,
-        intermediate_state_indices=slots(n, q.device),
-        **options,
-    )
-    _scatter(initial_state, buffer, table, first, q.shape[1] if lengths is None else lengths.unsqueeze(-1))
+    except ArgumentError as error:
+        rethrow(error, _NAMES)
+    if buffer is not None:
+        lengths = q.shape[1] if cu_seqlens is None else cu_seqlens.diff().unsqueeze(-1)
+        held = torch.arange(steps, device=table.device) < lengths
+        valid = held & (table >= 0) & (first >= 0).unsqueeze(-1)
+        scatter(initial_state, buffer.flatten(0, 1), table.flatten(), valid.flatten())
     return o, initial_state
 
 
@@ -109,24 +126,3 @@ def _first_slots(table: torch.Tensor, accepted: torch.Tensor | None) -> torch.Te
     place = accepted.to(torch.int64).unsqueeze(-1) - 1
     found = table.gather(1, place.clamp(0, table.shape[1] - 1))
     return torch.where((place < 0) | (place >= table.shape[1]), -1, found).squeeze(-1)
-
-
-def _scatter(
-    pool: torch.Tensor, buffer: torch.Tensor, table: torch.Tensor, first: torch.Tensor, lengths: torch.Tensor | int
-) -> None:
-    """Each token's state from ``buffer`` ``[N, steps, ...]`` to its slot; the host reads nothing of it.
-
-    Entries without a token or a slot repeat one that has both, so that every entry writes something true; where there
-    is none, they all put slot 0 back.
-    """
-    n, steps = table.shape
-    places = torch.arange(steps, device=table.device)
-    valid = ((places < lengths) & (table >= 0) & (first >= 0).unsqueeze(-1)).flatten()
-    if not valid.numel() or not pool.shape[0]:
-        return
-    some = valid.to(torch.int8).argmax()
-    source = torch.where(valid, torch.arange(n * steps, device=table.device), some)
-    target = table.flatten().to(torch.int64)[source]
-    none = ~valid[some]
-    states = torch.where(none, pool[:1], buffer.flatten(0, 1)[source])
-    pool.index_copy_(0, torch.where(none, 0, target), states)

@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from isokern.errors import ArgumentTypeError, ArgumentValueError
+from isokern.errors import ArgumentError, ArgumentTypeError, ArgumentValueError
 from isokern.integrations import fla, flashinfer, sglang, vllm
+from isokern.integrations.arguments import rethrow
 from isokern.integrations.gates import raw_beta, raw_decay
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
@@ -29,7 +30,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-# ---- signatures: parameters and defaults as read on 2026-11-22 (flash-linear-attention 0.6.0)
+# ---- signatures: parameters and defaults as read on 2026-11-22 (flash-linear-attention 0.6.0) and 2026-11-24
+# (FlashInfer 0.7.2.post1)
 
 ORIGINALS = {
     (sglang, "fused_sigmoid_gating_delta_rule_update"): (
@@ -73,14 +75,15 @@ ORIGINALS = {
     (flashinfer, "gated_delta_rule_decode_pretranspose"): (
         "flashinfer.gdn_decode",
         "q k v state A_log a dt_bias b scale=None output=None use_qk_l2norm=True initial_state=None "
-        "initial_state_indices=None output_state_indices=None *intermediate_states_buffer=None "
-        "*disable_state_update=False",
+        "initial_state_indices=None output_state_indices=None intermediate_states_buffer=None "
+        "disable_state_update=False backend=auto",
     ),
     (flashinfer, "chunk_gated_delta_rule"): (
         "flashinfer.gdn_prefill",
         "q k v g=None beta=None scale=None initial_state=None output_final_state=False cu_seqlens=None "
         "use_qk_l2norm_in_kernel=False output=None output_state=None state_checkpoints=None "
-        "checkpoint_cu_starts=None checkpoint_every_n_tokens=0",
+        "checkpoint_cu_starts=None checkpoint_every_n_tokens=0 use_cp=auto state_indices=None _cp_chunk_len=None "
+        "backend=auto max_seqlen=None",
     ),
 }
 
@@ -138,6 +141,34 @@ def test_gradients_at_the_ends_are_those_of_the_gates():
     assert torch.allclose(beta.grad, torch.ones(4), rtol=1e-5)
 
 
+# ---- names in errors
+
+
+@pytest.mark.parametrize("kind", [ArgumentValueError, ArgumentTypeError])
+@pytest.mark.parametrize("hint", ["", "use torch.no_grad()"])
+def test_an_error_of_the_op_names_the_callers_argument_and_is_otherwise_the_same(kind, hint):
+    op = kind("b", "shape [2]", "shape [3]", hint)
+    with pytest.raises(kind) as caught:
+        rethrow(op, {"a": "g", "b": "beta"})
+    assert str(caught.value) == str(kind("beta", "shape [2]", "shape [3]", hint))
+    assert (caught.value.argument, caught.value.expected, caught.value.given) == ("beta", "shape [2]", "shape [3]")
+    assert caught.value.__cause__ is op
+    with pytest.raises(kind) as caught:
+        rethrow(op, {"a": "g"})
+    assert caught.value is op, "a name that both know"
+
+
+def refused(function, made, **changed):
+    """The error of a call with an argument changed; no tensor of the call is written."""
+    arguments = {**made, **changed}
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ArgumentError) as caught:
+        function(**arguments)
+    for name, value in before.items():
+        assert torch.equal(arguments[name].nan_to_num(), value.nan_to_num()), f"{name} has been written"
+    return caught.value
+
+
 # ---- SGLang
 
 PACKED = CaseSpec("packed", (5, 0, 1, 9), k=8, v=12, h=2, hv=6, padded=(2,), state_layout="vk", l2norm=True)
@@ -193,6 +224,7 @@ def test_sglang_takes_gates_flattened_over_the_batch():
         ("replayssm_g", torch.zeros(1)),
         ("match_cutedsl_decode", True),
         ("cache_steps", 3),
+        ("cache_steps", 0),
         ("lower_bound", -5.0),
         ("retrieve_parent_token", torch.zeros(3, 1, dtype=torch.int64)),
     ],
@@ -205,6 +237,28 @@ def test_sglang_refuses_what_it_would_have_to_ignore(name, value):
     with pytest.raises(ArgumentValueError, match=f"^{name}:"):
         sglang.fused_sigmoid_gating_delta_rule_update(**{**kwargs, name: value})
     assert torch.equal(kwargs["initial_state_source"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("q", None, ArgumentTypeError),
+        ("A_log", None, ArgumentTypeError),
+        ("a", torch.zeros(4, 6), ArgumentValueError),
+        ("b", torch.zeros(4, 6), ArgumentValueError),
+        ("cu_seqlens", [0, 1, 2, 3], ArgumentTypeError),
+        ("cache_steps", 2.0, ArgumentTypeError),
+        ("intermediate_states_buffer", torch.zeros(3), ArgumentValueError),
+        ("retrieve_parent_token", [[0]], ArgumentTypeError),
+    ],
+)
+def test_sglang_errors_name_the_argument(name, value, error):
+    kwargs = make_inputs(SGLANG["decode"]).kwargs
+    for unknown in NOT_SGLANG:
+        kwargs.pop(unknown, None)
+    kwargs.update(intermediate_states_buffer=torch.zeros(3, 1, 6, 12, 8), cache_steps=1)
+    raised = refused(sglang.fused_sigmoid_gating_delta_rule_update, kwargs, **{name: value})
+    assert (type(raised), raised.argument) == (error, name)
 
 
 # ---- flash-linear-attention
@@ -372,6 +426,62 @@ def test_fla_refuses_what_it_would_have_to_ignore(function, name, value):
         function(**made, **{name: value})
 
 
+@pytest.mark.parametrize("function", [*GDN, *KDA], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("q", None, ArgumentTypeError),
+        ("v", torch.zeros(15, 6, 12), ArgumentValueError),
+        ("k", torch.zeros(1, 15, 3, 8), ArgumentValueError),
+        ("g", torch.zeros(1, 1, 6), ArgumentValueError),
+        ("beta", torch.ones(1, 15, 5), ArgumentValueError),
+        ("initial_state", torch.zeros(4, 6, 8, 13), ArgumentValueError),
+        ("initial_state", torch.zeros(4), ArgumentValueError),
+        ("initial_state", [0.0], ArgumentTypeError),
+        ("cu_seqlens", [0, 5, 5, 6, 15], ArgumentTypeError),
+        ("cu_seqlens", torch.tensor([0.0, 5.0, 5.0, 6.0, 15.0]), ArgumentTypeError),
+        ("cu_seqlens", torch.tensor([0, 5, 4, 6, 15]), ArgumentValueError),
+        ("cu_seqlens", torch.zeros(0, dtype=torch.int64), ArgumentValueError),
+        ("scale", 0.0, ArgumentValueError),
+    ],
+)
+def test_fla_errors_name_the_callers_argument(function, name, value, error):
+    raised = refused(function, fla_case(function in KDA), **{name: value})
+    assert (type(raised), raised.argument) == (error, name)
+
+
+def test_fla_errors_keep_what_the_op_expected_and_was_given():
+    raised = refused(fla.chunk_gated_delta_rule, fla_case(False), g=torch.zeros(1, 14, 6))
+    assert (raised.expected, raised.given) == ("[B, T, HV] = [1, 15, 6]", "shape [1, 14, 6]")
+    assert raised.__cause__.argument == "a"
+    per_channel = fla_case(True)
+    per_channel["gk"] = per_channel.pop("g")[:, :-1]
+    assert refused(fla.fused_recurrent_gated_delta_rule, per_channel).argument == "gk"
+    per_channel["gk"] = fla_case(True)["g"]
+    assert refused(fla.fused_recurrent_gated_delta_rule, per_channel, g=torch.zeros(1, 1, 6)).argument == "g"
+
+
+@pytest.mark.parametrize("function", [*GDN, *KDA], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("raw", [False, True])
+def test_fla_gates_are_required_where_the_original_cannot_do_without(function, raw):
+    made = fla_case(function in KDA, use_gate_in_kernel=raw, use_beta_sigmoid_in_kernel=raw)
+    made.update({"A_log": torch.zeros(6)} if raw else {})
+    served = function is fla.fused_recurrent_gated_delta_rule and not raw
+    for name in ("g", "beta"):
+        if served:
+            assert function(**{**made, name: None})[0].isfinite().all()
+        else:
+            raised = refused(function, made, **{name: None})
+            assert (type(raised), raised.argument) == (ArgumentTypeError, name)
+
+
+@pytest.mark.parametrize("function", [*GDN, *KDA], ids=lambda f: f.__name__)
+def test_fla_refuses_betas_per_value_channel(function):
+    raised = refused(function, fla_case(function in KDA), beta=torch.rand(1, 15, 6, 12))
+    assert "betas per value channel are not served" in str(raised)
+    assert raised.argument == "beta"
+
+
 def test_fla_refuses_a_final_state_that_gradients_would_not_reach():
     made = fla_case(False)
     made["q"].requires_grad_()
@@ -387,8 +497,8 @@ def test_fla_lengths_on_the_host_are_used():
     assert torch.equal(
         fla.chunk_gated_delta_rule(**made, cu_seqlens_cpu=host)[0], fla.chunk_gated_delta_rule(**made)[0]
     )
-    with pytest.raises(ArgumentValueError, match="cu_seqlens_cpu"):
-        fla.chunk_gated_delta_rule(**made, cu_seqlens_cpu=host[:-1])
+    for wrong in (host[:-1], host.tolist(), host.float(), host - 1):
+        assert refused(fla.chunk_gated_delta_rule, made, cu_seqlens_cpu=wrong).argument == "cu_seqlens_cpu"
 
 
 # ---- vLLM
@@ -507,6 +617,51 @@ def test_vllm_refuses_what_it_would_have_to_ignore(name, value, error):
         vllm.fused_sigmoid_gating_delta_rule_update(**{**made, name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("beta", 0.0, ArgumentValueError),
+        ("threshold", "20", ArgumentTypeError),
+        ("q", None, ArgumentTypeError),
+        ("initial_state", torch.zeros(12, 6, 12, 9), ArgumentValueError),
+        ("initial_state", [0.0], ArgumentTypeError),
+        ("ssm_state_indices", torch.tensor([[3.0, 4.0], [8.0, 1.0]]), ArgumentTypeError),
+        ("ssm_state_indices", [[3, 4], [8, 1]], ArgumentTypeError),
+        ("ssm_state_indices", torch.zeros(2, 0, dtype=torch.int32), ArgumentValueError),
+        ("num_accepted_tokens", torch.ones(3, dtype=torch.int32), ArgumentValueError),
+        ("num_accepted_tokens", torch.ones(2, 1, dtype=torch.int32), ArgumentValueError),
+        ("num_accepted_tokens", torch.ones(2), ArgumentTypeError),
+        ("num_accepted_tokens", [1, 1], ArgumentTypeError),
+        ("cu_seqlens", [0, 2, 4], ArgumentTypeError),
+        ("cu_seqlens", torch.zeros(0, dtype=torch.int64), ArgumentValueError),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_vllm_errors_name_the_callers_argument(name, value, error, steps):
+    made = vllm_case((steps,) * 2, [[3, 4], [8, 1]] if steps == 2 else [3, 8])
+    raised = refused(vllm.fused_sigmoid_gating_delta_rule_update, made, **{name: value})
+    assert (type(raised), raised.argument) == (error, name)
+
+
+def test_vllm_refuses_gradients_through_the_states_of_many_tokens():
+    made = vllm_case((2, 2), [[3, 4], [8, 1]])
+    made["q"].requires_grad_()
+    raised = refused(vllm.fused_sigmoid_gating_delta_rule_update, made)
+    assert raised.argument == "ssm_state_indices"
+    with torch.no_grad():
+        vllm_judged(made, (2, 2))
+
+
+def test_vllm_reads_nothing_of_the_tokens_states_on_the_host():
+    """What the host reads cannot be traced: a graph of one piece has nothing of it."""
+    made = vllm_case((2, 2), [[3, 4], [-1, 1]], accepted=(2, 1), varlen=False)
+    pool = made.pop("initial_state")
+    expected = vllm.fused_sigmoid_gating_delta_rule_update(**made, initial_state=pool.clone())
+    whole = torch.compile(vllm.fused_sigmoid_gating_delta_rule_update, fullgraph=True, backend="eager")
+    for one, other in zip(whole(**made, initial_state=pool), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- FlashInfer
 
 
@@ -575,6 +730,73 @@ def test_flashinfer_decode_keeps_intermediate_states():
     assert torch.allclose(o, again, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flashinfer_decode_refuses_a_buffer_with_fewer_rows_than_sequences(rows):
+    made, _ = flashinfer_case(4)
+    memory = torch.full((5, 4, 6, 12, 8), 7.0)
+    raised = refused(flashinfer.gated_delta_rule_decode_pretranspose, made, intermediate_states_buffer=memory[:rows])
+    assert (raised.argument, raised.given) == ("intermediate_states_buffer", str(rows))
+    assert bool((memory == 7).all()), "what lies behind the buffer is somebody else's"
+    flashinfer.gated_delta_rule_decode_pretranspose(**made, intermediate_states_buffer=memory)
+    assert bool((memory[3:] == 7).all()), "more rows than sequences are welcome"
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_flashinfer_decode_writes_nothing_for_padding(length, kind):
+    """Slot -1 to read marks an entry as padding, whatever slot it names to write."""
+    indices = {"initial_state_indices": [-1, 5, -1], "output_state_indices": [7, 2, -1]}
+    indices = {name: torch.tensor(slots, dtype=kind) for name, slots in indices.items()}
+    made, _ = flashinfer_case(length, indices)
+    before, buffer = made["initial_state"].clone(), torch.full((3, 4, 6, 12, 8), 7.0)
+    o, pool = flashinfer.gated_delta_rule_decode_pretranspose(**made, intermediate_states_buffer=buffer)
+    assert [i for i in range(9) if not torch.equal(pool[i], before[i])] == [2]
+    assert bool((o[0] == 0).all() and (o[2] == 0).all() and (o[1] != 0).any())
+    assert bool((buffer[0] == 7).all() and (buffer[2] == 7).all())
+    assert torch.equal(buffer[1, length - 1], pool[2])
+    assert indices["output_state_indices"].tolist() == [7, 2, -1], "the caller's table is the caller's"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("backend", "flashinfer", ArgumentValueError),
+        ("backend", "rubin", ArgumentValueError),
+        ("use_qk_l2norm", 1, ArgumentTypeError),
+        ("q", None, ArgumentTypeError),
+        ("scale", 0.0, ArgumentValueError),
+        ("initial_state", torch.zeros(9, 6, 12, 9), ArgumentValueError),
+        ("initial_state_indices", None, ArgumentTypeError),
+        ("initial_state_indices", torch.tensor([1, 2]), ArgumentValueError),
+        ("initial_state_indices", torch.tensor([1.0, 2.0, 3.0]), ArgumentTypeError),
+        ("output_state_indices", torch.tensor([[1], [2], [3]]), ArgumentValueError),
+        ("output_state_indices", [1, 2, 3], ArgumentTypeError),
+        ("intermediate_states_buffer", torch.zeros(3), ArgumentValueError),
+        ("output", torch.zeros(3, 1, 6, 13), ArgumentValueError),
+        ("output", torch.zeros(3, 1, 6, 1, dtype=torch.float64), ArgumentValueError),
+        ("output", torch.zeros(1, dtype=torch.float64).expand(3, 1, 6, 12), ArgumentValueError),
+        ("output", torch.zeros(3, 1, 6, 12, dtype=torch.int32), ArgumentTypeError),
+    ],
+)
+def test_flashinfer_decode_errors_name_the_callers_argument(name, value, error):
+    made, _ = flashinfer_case(1, {"initial_state_indices": torch.tensor([5, -1, 2])})
+    raised = refused(flashinfer.gated_delta_rule_decode_pretranspose, made, **{name: value})
+    assert (type(raised), raised.argument) == (error, name)
+
+
+def test_flashinfer_decode_names_the_state_that_was_given():
+    made, _ = flashinfer_case(1)
+    raised = refused(flashinfer.gated_delta_rule_decode_pretranspose, made, state=torch.zeros(3, 6, 12, 9))
+    assert (raised.argument, raised.given) == ("state", "shape [3, 6, 12, 9]")
+
+
+def test_flashinfer_leaves_the_kernel_to_the_registry():
+    made, _ = flashinfer_case(1)
+    for backend in ("auto", None):
+        flashinfer.gated_delta_rule_decode_pretranspose(**made, backend=backend)
+        flashinfer.chunk_gated_delta_rule(**prefill_case(), backend=backend, use_cp=backend)
+
+
 def test_flashinfer_prefill():
     packed = fla_case(False)
     call = exact(packed)
@@ -595,6 +817,122 @@ def test_flashinfer_prefill():
     call.pool.copy_(got.transpose(-1, -2))
     judged(call, o.unsqueeze(0), truth)
     assert torch.equal(flashinfer.chunk_gated_delta_rule(**made, **options), o)
+
+
+def prefill_case():
+    packed = fla_case(False)
+    made = {name: packed[name][0] for name in ("q", "k", "v", "beta")}
+    return {**made, "g": packed["g"][0].exp(), "cu_seqlens": packed["cu_seqlens"], "use_qk_l2norm_in_kernel": True}
+
+
+def prefilled(initial):
+    """Outputs and final states in float32 of sequences that start from ``initial``."""
+    return flashinfer.chunk_gated_delta_rule(**prefill_case(), initial_state=initial, output_final_state=True)
+
+
+SLOTS = [6, 0, 3, 8]  # of the four sequences, the second of which is empty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_flashinfer_prefill_reads_and_writes_the_slots_of_a_pool(dtype, kind):
+    pool = torch.randn(9, 6, 12, 8, generator=torch.Generator().manual_seed(5)).to(dtype)
+    before, numbers = pool.clone(), torch.tensor(SLOTS, dtype=kind)
+    expected, final = prefilled(before[SLOTS])
+    made = {**prefill_case(), "initial_state": pool, "state_indices": numbers}
+    assert torch.equal(flashinfer.chunk_gated_delta_rule(**made), expected)
+    assert torch.equal(pool, before), "no final states were asked for"
+
+    apart = torch.full_like(pool, 7)
+    o, same = flashinfer.chunk_gated_delta_rule(**made, output_final_state=True, output_state=apart)
+    assert same is apart
+    assert torch.equal(pool, before)
+    assert torch.equal(o, expected)
+    assert torch.equal(apart[SLOTS], final.to(dtype))
+    others = [i for i in range(9) if i not in SLOTS]
+    assert bool((apart[others] == 7).all())
+
+    o, same = flashinfer.chunk_gated_delta_rule(**made, output_final_state=True, output_state=pool)
+    assert same is pool
+    assert torch.equal(o, expected)
+    assert torch.equal(pool[SLOTS], apart[SLOTS])
+    assert torch.equal(pool[others], before[others])
+
+
+def test_flashinfer_prefill_starts_from_zero_without_a_slot_or_a_state():
+    pool = torch.randn(9, 6, 12, 8, generator=torch.Generator().manual_seed(5))
+    start = pool[SLOTS]
+    start[2] = 0
+    expected, final = prefilled(start)
+    made = {**prefill_case(), "output_final_state": True, "state_indices": torch.tensor([6, 0, -1, 8])}
+    apart = torch.full_like(pool, 7)
+    o, _ = flashinfer.chunk_gated_delta_rule(**made, initial_state=pool, output_state=apart)
+    assert torch.equal(o, expected)
+    assert torch.equal(apart[[6, 0, 8]], final[[0, 1, 3]])
+    assert bool((apart[[1, 2, 3, 4, 5, 7]] == 7).all()), "nothing is stored for a sequence without a slot"
+    expected, final = prefilled(torch.zeros(4, 6, 12, 8))
+    o, _ = flashinfer.chunk_gated_delta_rule(**made, output_state=apart)
+    assert torch.equal(o, expected)
+    assert torch.equal(apart[[6, 0, 8]], final[[0, 1, 3]])
+    assert bool((apart[[1, 2, 3, 4, 5, 7]] == 7).all())
+
+
+def test_flashinfer_prefill_rounds_to_the_output_states_dtype_at_the_end_alone():
+    initial = torch.randn(4, 6, 12, 8, generator=torch.Generator().manual_seed(5))
+    expected, final = prefilled(initial)
+    narrow = torch.empty(4, 6, 12, 8, dtype=torch.bfloat16)
+    o, _ = flashinfer.chunk_gated_delta_rule(
+        **prefill_case(), initial_state=initial, output_final_state=True, output_state=narrow
+    )
+    assert torch.equal(o, expected)
+    assert torch.equal(narrow, final.to(torch.bfloat16))
+
+
+STATES = {"initial_state": torch.ones(4, 6, 12, 8), "output_final_state": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("use_cp", True, ArgumentValueError),
+        ("use_cp", False, ArgumentValueError),
+        ("backend", "cudnn", ArgumentValueError),
+        ("_cp_chunk_len", 64, ArgumentValueError),
+        ("max_seqlen", 16, ArgumentValueError),
+        ("max_seqlen", 3, ArgumentValueError),
+        ("max_seqlen", 9.0, ArgumentTypeError),
+        ("cu_seqlens", [0, 5, 5, 6, 15], ArgumentTypeError),
+        ("cu_seqlens", torch.tensor([0, 5, 4, 6, 15]), ArgumentValueError),
+        ("q", torch.zeros(1, 15, 2, 8), ArgumentValueError),
+        ("k", torch.zeros(15, 2, 8, dtype=torch.float64), ArgumentTypeError),
+        ("v", torch.zeros(15, 1, 12), ArgumentValueError),
+        ("g", torch.ones(15, 1), ArgumentValueError),
+        ("g", [1.0], ArgumentTypeError),
+        ("beta", torch.ones(14, 6), ArgumentValueError),
+        ("scale", -1.0, ArgumentValueError),
+        ("initial_state", torch.zeros(4, 6, 8, 12), ArgumentValueError),
+        ("initial_state", torch.zeros(4, 6, 12, 8, dtype=torch.int32), ArgumentTypeError),
+        ("output_state", torch.zeros(5, 6, 12, 8), ArgumentValueError),
+        ("output_state", torch.zeros(1).expand(4, 6, 12, 8), ArgumentValueError),
+        ("output", torch.zeros(15, 6, 13), ArgumentValueError),
+        ("output", torch.zeros(15, 6, 12, dtype=torch.float64), ArgumentTypeError),
+        ("state_indices", torch.tensor([1, 2, 3]), ArgumentValueError),
+        ("state_indices", torch.tensor([0.0, 1.0, 2.0, 3.0]), ArgumentTypeError),
+        ("output_final_state", False, ArgumentValueError),
+    ],
+)
+def test_flashinfer_prefill_errors_name_the_callers_argument(name, value, error):
+    """Also where only the op can tell, and before the states that were given are written."""
+    made = {**prefill_case(), **STATES, "output_state": torch.full((4, 6, 12, 8), 7.0)}
+    raised = refused(flashinfer.chunk_gated_delta_rule, made, **{name: value})
+    assert (type(raised), raised.argument) == (error, "output_state" if name == "output_final_state" else name)
+
+
+def test_flashinfer_prefill_with_slots_wants_pools():
+    made = {**prefill_case(), "state_indices": torch.tensor(SLOTS)}
+    assert refused(flashinfer.chunk_gated_delta_rule, made).argument == "state_indices"
+    pooled = {**made, "initial_state": torch.zeros(9, 6, 12, 8)}
+    assert refused(flashinfer.chunk_gated_delta_rule, pooled, output_final_state=True).argument == "output_state"
 
 
 @pytest.mark.parametrize(

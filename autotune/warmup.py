@@ -293,6 +293,8 @@ def plan_shards(
         for case in chosen:
             spec = concrete(shard, case, seed)
             for policy in modes if case.policy is None else (case.policy,):
+                if policy is Policy.GRAPH and environment.device == "cpu":
+                    raise ArgumentValueError("policy", "eager on a CPU, which has no graphs", f"graph ({case.name})")
                 mode: Literal["eager", "graph"] = "graph" if policy is Policy.GRAPH else "eager"
                 under = case.accuracy or accuracy
                 recipe = ProblemRecipe(OP, spec, adversarial_twin(spec, seed + 1), HOOKS, seed, device, mode, under)

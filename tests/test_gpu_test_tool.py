@@ -16,6 +16,7 @@ import isokern
 from isokern import registry
 from isokern.registry.backend import Config
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.describe import describe
 from isokern.tools.gpu_test import (
     calls,
     cells,
@@ -32,6 +33,7 @@ from isokern.tools.gpu_test import (
 )
 from isokern.tools.gpu_test import fingerprint as fingerprints
 from isokern.tools.gpu_test import session as sessions
+from isokern.tools.gpu_test.cases import CONFIG_CASES, REPRESENTATIVE, SANITIZED
 from isokern.tools.gpu_test.cells import Cell, make_calls, select
 from isokern.tools.gpu_test.conformity import Truth
 from isokern.tools.gpu_test.fingerprint import fingerprint
@@ -450,6 +452,27 @@ def test_a_moved_storage_keeps_views_strides_and_gaps():
 @pytest.mark.parametrize("spec", [s for s in sanitized.SANITIZED if "K=V=256" not in s.name], ids=lambda s: s.name)
 def test_the_sanitizers_calls_are_right_when_nothing_but_copies_fills_their_tensors(spec):
     assert sanitized.run_case("torch_reference", spec, device="cpu") == ()
+
+
+@pytest.mark.parametrize(
+    "listed", [CONFIG_CASES, REPRESENTATIVE, SANITIZED], ids=["configs", "properties", "sanitizers"]
+)
+@pytest.mark.parametrize(
+    "name", ["cupy_chunked", "cupy_chunked_bf16", "cupy_cut", "cupy_cut_bf16", "triton_chunked"]
+)  # fmt: skip
+def test_what_works_in_chunks_has_several_and_what_cuts_several_segments(name, listed):
+    """Else pipelines are never refilled, and what segments leave each other is never read."""
+    chunked, chunks, segments = backend(name), 0, []
+    for spec in listed:
+        problem = describe(spec, "cuda", 90)
+        if not chunked.check(problem):
+            continue
+        for config in chunked.configs(problem):
+            longest, setting = max(spec.lengths), config.to_dict()
+            chunks = max(chunks, -(-longest // setting["chunk"]) - setting.get("stages", 1))
+            segments.append(-(-longest // cut) if (cut := setting.get("cut")) else 1)
+    assert chunks > 0, "more chunks than are in flight"
+    assert max(segments) >= (3 if chunked.cuts else 1)
 
 
 # --- what is examined on the GPU, on the CPU --------------------------------------------------------------------------

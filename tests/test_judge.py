@@ -7,8 +7,10 @@ import torch
 
 from isokern import registry
 from isokern.backends.torch_native.reference import run_reference
+from isokern.registry.conformance.subject import Subject
 from isokern.registry.ops.fused_sigmoid_gating import judge as judging
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.checks.trial import Trial
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
 from isokern.registry.ops.fused_sigmoid_gating.reference import reference
 from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
@@ -105,3 +107,23 @@ def test_two_tokens_do_not_cancel_at_once():
     call, ref = run(case)
     call.out = ref.o.float()[None] * (1 + 2e-5)
     assert "output has relative error" in " ".join(judging.judge(call, call.out, ref).faults)
+
+
+@pytest.mark.parametrize("verify", ["none", "chain"])
+def test_a_state_of_one_number_is_held_to_its_bound_where_it_crosses_zero(verify):
+    """Its relative error is then as large as one likes, in every right kernel."""
+    spec = CaseSpec(
+        "x", (40,) * 12, h=2, hv=8, k=1, v=1, distribution="long_memory", io_dtype="float32", gate_dtype="float32",
+        verify=verify,
+    )  # fmt: skip
+    backend = registry.backends("fused_sigmoid_gating")["torch_vectorized"]
+    verdicts = []
+    for seed in range(6):
+        trial = Trial.of(spec, seed)
+        exact = reference(trial.call)
+        trial.run(Subject(backend))
+        verdicts.append(judging.judge(trial.call, trial.out, exact))
+        assert verdicts[-1].ok, verdicts[-1].faults
+    assert max(v.rel_state for v in verdicts) > judging.LIMITS["float32"].rel_l2, "one of them does cross it"
+    trial.call.pool[trial.call.write_slots[0].long()] += 0.01
+    assert not judging.judge(trial.call, trial.out, exact).ok

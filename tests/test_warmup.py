@@ -43,7 +43,7 @@ from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
 from isokern.registry.ops.fused_sigmoid_gating.timing import bytes_moved, rotated_calls, state_bytes, with_room
 from isokern.registry.ops.fused_sigmoid_gating.validate import canonical_call
 from isokern.registry.ops.fused_sigmoid_gating.validate_values import check_values
-from isokern.registry.ops.fused_sigmoid_gating.workload_case import parse_case
+from isokern.registry.ops.fused_sigmoid_gating.workload_case import Policy, parse_case
 from isokern.registry.ops.fused_sigmoid_gating.workloads import Tier, serving_cases
 from isokern.registry.overrides import use
 
@@ -569,3 +569,9 @@ def test_durations_are_for_people():
         "5 min 30 s",
         "2 h 02 min",
     ]
+
+
+def test_graphs_are_not_planned_for_a_cpu():
+    """The dry run would promise what the run cannot do."""
+    with pytest.raises(ArgumentValueError, match="policy: expected eager on a CPU, which has no graphs, given graph"):
+        plan_warmup("qwen3-next-80b-a3b", 8, [parse_case("decode N=1")], "cpu", policies=[Policy.GRAPH])

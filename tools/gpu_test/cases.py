@@ -12,12 +12,16 @@ _KDA = _BASE.but(name="kda vk", is_kda=True, state_layout="vk")
 _TREE = _BASE.but(
     name="tree, bfloat16 buffer", lengths=(3, 0, 7, 1), padded=(3,), verify="tree", intermediate_dtype="bfloat16"
 )
+#: What works in chunks (of 64 tokens) has more of them here than stages in flight, and what cuts has several segments.
+_CHUNKS = _BASE.but(name="several chunks", lengths=(330, 70, 1), padded=(2,), h=1, hv=2, k=64, v=64)
 DECODE = _BASE.but(name="decode vk", lengths=(1,) * 6, padded=(2,), state_layout="vk")
 
 #: Every config computes these; in both layouts where that is likeliest to differ.
 CONFIG_CASES: tuple[CaseSpec, ...] = (
     _BASE,
     _VK,
+    _CHUNKS,
+    _CHUNKS.but(name="several chunks vk, bfloat16 pool", state_layout="vk", state_dtype="bfloat16"),
     _BASE.but(name="gdn vk, bfloat16 pool", state_layout="vk", state_dtype="bfloat16"),
     _KDA,
     _BASE.but(name="kda kv, K=96 V=192, rows", is_kda=True, k=96, v=192, strides="rows", extra_rows=2),
@@ -33,7 +37,7 @@ CONFIG_CASES: tuple[CaseSpec, ...] = (
 )
 
 #: One of each kind: what graphs, threads and load are tried on.
-REPRESENTATIVE: tuple[CaseSpec, ...] = (_VK, _KDA.but(name="kda kv", state_layout="kv"), _TREE, DECODE)
+REPRESENTATIVE: tuple[CaseSpec, ...] = (_VK, _KDA.but(name="kda kv", state_layout="kv"), _TREE, _CHUNKS, DECODE)
 
 #: (K, V): one, three, a shipped model's 96 and 192, no multiple of anything, the largest.
 ODD_SIZES: tuple[tuple[int, int], ...] = ((1, 1), (3, 3), (96, 192), (100, 5), (1, 256), (256, 256))
@@ -42,6 +46,7 @@ _SMALL = CaseSpec("gdn vk, padding", (5, 0, 3, 1), k=128, v=128, padded=(3,), st
 #: Short calls for tools that slow a kernel a hundredfold.
 SANITIZED: tuple[CaseSpec, ...] = (
     _SMALL,
+    _SMALL.but(name="several chunks", lengths=(330, 70, 1), padded=(2,), h=1, hv=2, k=64, v=64),
     _SMALL.but(name="gdn kv, bfloat16 pool", state_layout="kv", state_dtype="bfloat16"),
     _SMALL.but(name="decode vk, bfloat16 pool", lengths=(1, 1, 1), padded=(1,), state_dtype="bfloat16"),
     _SMALL.but(name="decode kv", lengths=(1, 1, 1), padded=(1,), state_layout="kv"),

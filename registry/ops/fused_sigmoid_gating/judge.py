@@ -114,9 +114,13 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
         noise = None if ref.o_noise is None else _by_head(ref.o_noise[cut], count, length)
         # Roundings of states and values differ from column to column of V, those of a chunk's matrices from token to
         # token: so many errors are independent as there are of the fewer.
-        outputs.add(got, exact, bound, noise, _allowance(min(length, call.value_dim)), cancels=length == 1)
+        outputs.add(
+            got, exact, bound, noise, _allowance(min(length, call.value_dim)), _OF_BOUND if length == 1 else 0.0
+        )
     outputs.report("output", ratio_limit, faults)
 
+    # A state of one number crosses zero: how large its error is beside it says nothing, beside its bound it does.
+    alone = 1.0 if call.key_dim * call.value_dim == 1 else 0.0
     states = _Comparison(dtype_name(call.pool.dtype) if call.pool is not None else "float32", rerounded, noisy)
     if call.pool is not None and call.write_slots is not None:
         slots = call.write_slots.tolist()
@@ -130,7 +134,7 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
             if ref.state_noise is not None and ref.state_scatter is not None:
                 noise = ref.state_noise[which].flatten(0, 1)
                 allowance = _allowance_of_states(ref.state_scatter[:, which].flatten(1), call.value_dim)
-            states.add(got, exact, bound, noise, allowance)
+            states.add(got, exact, bound, noise, allowance, alone)
         states.report("state", ratio_limit, faults)
 
     steps = _Comparison(
@@ -149,7 +153,7 @@ def judge(call: Call, out: torch.Tensor, ref: Reference, ratio_limit: float = 1.
             got = torch.stack([_kv(call.intermediates[row, t], heads, call) for row, t, _ in part]).flatten(0, 1)
             exact = ref.steps[at].flatten(0, 1)
             bound = ref.steps_bound[at].flatten(0, 1)[:, None, :].expand_as(exact)
-            steps.add(got, exact, bound)
+            steps.add(got, exact, bound, of_bound=alone)
         steps.report("intermediate state", ratio_limit, faults)
     return Judgement(
         outputs.ratio, states.ratio, steps.ratio, outputs.rel, states.rel, outputs.equal_bits, tuple(faults)
@@ -241,13 +245,13 @@ class _Comparison:
         bound: torch.Tensor,
         noise: torch.Tensor | None = None,
         allowance: float | torch.Tensor | None = None,
-        cancels: bool = False,
+        of_bound: float = 0.0,
     ) -> None:
         """``got`` in its own dtype, ``exact``, ``bound`` and ``noise`` float64, all ``[heads, ..., V]``.
 
         Args:
             allowance: how many times the sum of the squares of ``noise`` there may be; of all heads, or ``[heads]``.
-            cancels: all that is compared of a head may cancel at once.
+            of_bound: of what may cancel as a whole: the share of the bound within which nothing is a fault.
         """
         if not got.numel():
             return
@@ -263,7 +267,7 @@ class _Comparison:
         if self.dtype in ("bfloat16", "float16"):
             self.equal += int(same.sum())
             self.counted += same.numel()
-        self._relative(value, exact, target, bound if cancels else None, noise, allowance)
+        self._relative(value, exact, target, bound * of_bound if of_bound else None, noise, allowance)
 
     def _relative(
         self,
@@ -284,7 +288,7 @@ class _Comparison:
         floor = (target - exact).norm(dim=-1)[usable] / norm[usable]
         allowed = torch.maximum(torch.full_like(floor, self.limits.rel_l2), 1.05 * floor)
         if bound is not None:
-            allowed = torch.maximum(allowed, _OF_BOUND * bound.flatten(1).norm(dim=-1)[usable] / norm[usable])
+            allowed = torch.maximum(allowed, bound.flatten(1).norm(dim=-1)[usable] / norm[usable])
         if noise is not None and allowance is not None:
             typical = noise.flatten(1).norm(dim=-1)[usable] / norm[usable]
             times = allowance[usable] if isinstance(allowance, torch.Tensor) else allowance

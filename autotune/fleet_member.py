@@ -51,6 +51,7 @@ class MemberConfig:
         layers: (name, root, writable) of the store's layers; None takes the member's own machine's.
         backends: those to choose among. origins: where a member finds those that it cannot find by name.
         settings: a :class:`.tuner.Settings` as JSON types.
+        processors: of its host, that are the member's to compile with; None: all.
     """
 
     op: str
@@ -61,6 +62,7 @@ class MemberConfig:
     backends: tuple[str, ...]
     origins: Mapping[str, Mapping[str, str]]
     settings: Mapping[str, Any]
+    processors: int | None = None
 
     @classmethod
     def of(
@@ -114,12 +116,10 @@ class Member:
             self.registry.unregister_backend(self.config.op, name)
 
     def _share(self) -> int:
-        """Of the host's processors, for compiling: every GPU may have a member. Counting them initialises none."""
+        """Processes that compile: other members of this host do so at the same time."""
         if self.environment.device == "cpu":
             return 1
-        import torch
-
-        return max(1, processors() // max(1, torch.cuda.device_count()))
+        return processors() if self.config.processors is None else max(1, self.config.processors)
 
     def perform(self, do: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Answer one request: ``hello``, ``tune`` or ``prove``. Raises: WorkerError, if the device is out of order."""

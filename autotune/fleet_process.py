@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 
 from ..errors import ArgumentValueError
 from .channel import Channel, ChannelClosedError
+from .compiling import processors
 from .fleet_member import MemberConfig
 from .gpu_identity import VISIBLE, physical_name, visible_entries
 
@@ -72,7 +73,7 @@ class ProcessLauncher:
 
     def __init__(self, slots: Sequence[Slot], config: MemberConfig) -> None:
         self.slots = tuple(slots)
-        self.config = config
+        self.config = replace(config, processors=max(1, processors() // max(1, len(self.slots))))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._selector = selectors.DefaultSelector()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..cache.entry import key_hash
 from ..cache.transfer import pack, unpack
 from ..errors import ArgumentValueError, StoreError
+from .compiling import processors
 from .gpu_identity import VISIBLE, visible_entries
 from .merge import parcels_of, take_over
 from .progress import Progress
@@ -89,6 +90,12 @@ class Exchange:
         return [json.loads(text.numpy().tobytes()) for text in every]
 
 
+def _compilers() -> int | None:
+    """Processes that compile for this rank: those of the host's other ranks do so at the same time."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if ranks <= 1 else max(1, processors() // ranks - 1)
+
+
 def run_ranks(
     plan: WarmupPlan,
     exchange: Exchange,
@@ -110,7 +117,8 @@ def run_ranks(
     tuned: WarmupReport | None = None
     failure: BaseException | None = None
     try:
-        tuned = run_warmup(replace(plan, problems=share), progress, budget_s=budget_s, check=check)
+        mine = replace(plan, problems=share)
+        tuned = run_warmup(mine, progress, budget_s=budget_s, check=check, compilers=_compilers())
     except BaseException as error:  # noqa: BLE001 - whatever it is, the others wait; it is raised again below
         failure = error
     told = exchange.all(

@@ -18,7 +18,7 @@ from .worker import WorkerError
 
 __all__ = ["RayLauncher"]
 
-_CPUS_PER_MEMBER = 2  # its own and its worker's; compilers take what they find
+_CPUS_PER_MEMBER = 2  # its own and its worker's; compilers take their share of the cluster's unasked
 
 
 class RayLauncher:
@@ -48,7 +48,8 @@ class RayLauncher:
         count = members if members is not None else gpus or 1
         if config.device == "cuda" and count > gpus:
             raise ArgumentValueError("members", f"at most the cluster's {gpus} GPUs", str(count))
-        self.config = replace(config, layers=None)
+        each = int(self._ray.cluster_resources().get("CPU", 0)) // count  # an actor sees its own GPU alone
+        self.config = replace(config, layers=None, processors=each or None)
         self.names = tuple(f"ray:{number}" for number in range(count))
         self._actors: list[Any] = []
         self._pending: dict[Any, int] = {}

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from isokern.autotune import fleet_cli
+from isokern.autotune import fleet_cli, fleet_process, fleet_ranks
 from isokern.autotune.fleet import member_config, plan_for, run_fleet
 from isokern.autotune.fleet_cli import Venue, find_venue, run_on
 from isokern.autotune.fleet_member import Member, MemberConfig
@@ -551,6 +551,24 @@ def test_one_actor_per_gpu_unless_told_otherwise():
         RayLauncher(config, members=4, ray=FakeRay(gpus=3))
     with pytest.raises(WorkerError, match="no GPU"):
         RayLauncher(config, ray=FakeRay())
+
+
+def test_members_share_the_processors_to_compile_with(monkeypatch):
+    """Each sees its own GPU alone, and cannot count the others."""
+    config = MemberConfig("op", "cuda", "cuda", 1, None, (), {}, {})
+    monkeypatch.setattr(fleet_process, "processors", lambda: 32)
+    slots = [Slot(f"cuda:{i}", "cuda", str(i), f"cuda:{i}") for i in range(8)]
+    assert ProcessLauncher(slots, config).config.processors == 4
+    assert ProcessLauncher(slots[:1], config).config.processors == 32
+    for resources, each in (({"GPU": 3, "CPU": 96.0}, 32), ({"GPU": 3, "CPU": 2.0}, None), ({"GPU": 3}, None)):
+        ray = FakeRay(gpus=3)
+        monkeypatch.setattr(ray, "cluster_resources", lambda said=resources: said)
+        assert RayLauncher(config, ray=ray).config.processors == each
+    monkeypatch.setattr(fleet_ranks, "processors", lambda: 32)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert fleet_ranks._compilers() is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert fleet_ranks._compilers() == 3
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):

@@ -202,8 +202,8 @@ def recognition(launcher: Launcher, kwargs: dict, call: Call) -> list[Timed]:
     if not ON_GPU:
         op, given = own.get(OP), own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
         timed += [
-            Timed("isokern op, not launched", _known(site_of(op, kwargs, name))),
-            Timed("isokern op, out given, not launched", _known(site_of(given, kwargs, name, out))),
+            Timed("isokern op, not launched", _known(site_of(op, kwargs, name), op)),
+            Timed("isokern op, out given, not launched", _known(site_of(given, kwargs, name, out), given)),
         ]
     # The same hot path, where all tensors are taken for known and nothing runs: reading and comparing the arguments.
     bare = own.dispatcher(OP).spec.make_op(own.dispatcher(OP))
@@ -211,7 +211,7 @@ def recognition(launcher: Launcher, kwargs: dict, call: Call) -> list[Timed]:
     [entry] = bare.entries.recent
     check, present, tensors = entry.guard, entry.present, tensors_of(call)
     made = _output_of(own, kwargs, name)
-    entry.guard, entry.pinned, entry.on_cuda = _accepts, _runs_nothing, False
+    entry.guard, entry.pinned, entry.on_host, entry.on_cuda = _accepts, _runs_nothing, False, False
     timed += [
         Timed("call and argument comparison", site, part=True),
         Timed("guard check", lambda: check(*present(tensors)), part=True),
@@ -222,8 +222,11 @@ def recognition(launcher: Launcher, kwargs: dict, call: Call) -> list[Timed]:
     return timed
 
 
-def _known(site: Run) -> Run:
+def _known(site: Run, op: FusedSigmoidGating | None = None) -> Run:
+    """The call of a site, which has been made once; of tensors on a CPU as if they were on a GPU."""
     site()
+    for entry in () if op is None else op.entries.recent:
+        entry.on_host = False  # their slots would be looked at
     return site
 
 
@@ -292,7 +295,8 @@ def of_mixed() -> list[Timed]:
     others = [call_of(MIXED.but(lengths=(*MIXED.lengths[:-1], MIXED.lengths[-1] + i)))[0] for i in OTHER_SIZES]
     timed = []
     for (implementation, backend), op in mixed_ops(unlaunched_driver()).items():
-        timed.append(Timed(implementation, site_of(op, kwargs, backend), backend))
+        timed.append(Timed(implementation, _known(site_of(op, kwargs, backend), op), backend))
+    for (implementation, backend), op in mixed_ops(unlaunched_driver()).items():
         sites = [site_of(op, each, backend) for each in others]
         timed.append(Timed(f"{implementation}, sizes not met before", _not_met_before(op, sites), backend))
     return timed

@@ -7,7 +7,7 @@ allocator takes longer for large ones than a GPU's caching allocator does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from isokern.registry import Registry
 from isokern.registry.backend import Backend, Config, Runner
 from isokern.registry.decision import Verdict
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
+from isokern.registry.ops.fused_sigmoid_gating.op import FusedSigmoidGating
 from isokern.registry.ops.fused_sigmoid_gating.problem import Problem
 from isokern.registry.ops.fused_sigmoid_gating.spec import SPEC
 
@@ -74,19 +75,19 @@ def _on_gpu(problem: Problem) -> Problem:
     return replace(problem, device="cuda", arch=90)
 
 
-def mixed_ops(driver: Driver) -> Mapping[tuple[str, str], Callable[..., torch.Tensor]]:
-    """The op as ``(implementation, backend)``, the backend to be named in its calls. ``driver``: one that launches
-    nothing, used without a GPU.
+def mixed_ops(driver: Driver) -> Mapping[tuple[str, str], FusedSigmoidGating]:
+    """The op as ``(implementation, backend)``, the backend to be named in its calls; none is another's, or anybody's.
+    ``driver``: one that launches nothing, used without a GPU.
     """
     known = registry.backends(OP)
     if torch.cuda.is_available():
-        ops = {("isokern op", name): registry.get(OP) for name in PARTS}
+        ops = {("isokern op", name): _own_op(known[name]) for name in PARTS}
         for streams, words in ((1, "one stream"), (2, "two streams")):
             ops[f"isokern op, {words}", "composite"] = _own_op(_OnStreams(streams))
         return ops
     parts = {name: Unlaunched(known[name], driver) for name in PARTS}
-    op = _own_op(Composite(lambda: parts), *parts.values())
-    return {("isokern op, not launched", name): op for name in ("composite", *PARTS)}
+    every = {"composite": Composite(lambda: parts), **parts}
+    return {("isokern op, not launched", name): _own_op(*every.values()) for name in every}
 
 
 class _OnStreams(Composite):
@@ -101,9 +102,10 @@ class _OnStreams(Composite):
         return (Config.from_dict(first.to_dict() | {"streams": self._only}),)
 
 
-def _own_op(*backends: Backend) -> Callable[..., torch.Tensor]:
+def _own_op(*backends: Backend) -> FusedSigmoidGating:
     own = Registry({}, load_plugins=False)
     own.register_op(SPEC)
     for backend in backends:
         own.register_backend(backend)
-    return own.get(OP)
+    op: FusedSigmoidGating = own.get(OP)
+    return op

@@ -9,6 +9,7 @@ import torch
 
 from isokern import registry
 from isokern.errors import ArgumentError
+from isokern.registry.ops.fused_sigmoid_gating import validate
 from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.ops.fused_sigmoid_gating.error_inputs import ERROR_INPUTS, ErrorInput
 from isokern.registry.ops.fused_sigmoid_gating.inputs import make_inputs
@@ -64,10 +65,11 @@ def test_refused(case: ErrorInput):
     watched |= {"steps storage": inputs.intermediate_storage} if inputs.intermediate_storage is not None else {}
     before = _bits(watched)
 
-    if case.needs_full:  # and only then: a check that can be made without reading values must be made always
+    only_full = case.needs_full and not case.seen_on_host
+    if only_full:  # and only then: a check that can be made without reading values must be made always
         canonical_call(**kwargs)
     with pytest.raises(ArgumentError) as caught:
-        _call(kwargs) if case.needs_full else canonical_call(**kwargs)
+        _call(kwargs) if only_full else canonical_call(**kwargs)
 
     error = caught.value
     assert type(error) is case.error
@@ -118,3 +120,29 @@ def test_no_sequence_and_no_token_are_valid():
 def test_a_pool_without_slots_serves_sequences_without_state():
     kwargs = make_inputs(CaseSpec("padded", (2, 1), k=8, v=6, padded=(0, 1))).kwargs
     _call(kwargs | {"initial_state_source": kwargs["initial_state_source"][:0]})
+
+
+@pytest.mark.parametrize("case", [case for case in ERROR_INPUTS if case.seen_on_host], ids=lambda case: case.name)
+def test_what_only_the_contents_of_indices_say_is_refused_by_known_calls_too(case: ErrorInput):
+    """Their shapes are those of a call that was served: nothing but the hot path looks."""
+    op, inputs = registry.get("fused_sigmoid_gating"), make_inputs(case.base)
+    op(**inputs.kwargs)
+    before = op.stats()["misses"]
+    kwargs = case.apply(make_inputs(case.base).kwargs)
+    pool = kwargs["initial_state_source"].clone()
+    with pytest.raises(ArgumentError) as caught:
+        op(**kwargs)
+    assert caught.value.argument == case.argument
+    assert torch.equal(kwargs["initial_state_source"], pool)
+    if kwargs["initial_state_source"].shape == inputs.kwargs["initial_state_source"].shape:
+        assert op.stats()["misses"] == before
+
+
+def test_check_values_finds_them_wherever_they_are(monkeypatch):
+    """On a GPU nobody else does."""
+    monkeypatch.setattr(validate, "check_host_indices", lambda *_: None)
+    for case in ERROR_INPUTS:
+        if case.seen_on_host:
+            with pytest.raises(ArgumentError) as caught:
+                _call(case.apply(make_inputs(case.base).kwargs))
+            assert caught.value.argument == case.argument

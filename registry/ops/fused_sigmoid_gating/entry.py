@@ -48,7 +48,8 @@ class Entry:
         word: such calls' settings, as the operator of decode and prompt steps takes them (``torch_settings``); None for
             calls that are no such steps, and for steps that the operator's kernel leaves to the hot path.
         present, guard: which of the call's tensors are looked at, and what they must be like.
-        on_cuda: the tensors are on a GPU; host_lengths: ``cu_seqlens`` is a bare tensor on the host, read every time.
+        on_host: the tensors are on a CPU, and slots and rows are looked at; on_cuda: they are on a GPU.
+        host_lengths: ``cu_seqlens`` is a bare tensor on the host, read every time.
         profile, rows, steps: of lengths known on the host: their profile, the most tokens and the longest length.
         identity, offsets: the SequenceLayout, or the offsets, that were found to fit last.
         reshape: gates given flat or without the batch axis, into canonical form (None: they are).
@@ -84,6 +85,7 @@ class Entry:
     word: str | None
     present: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     guard: Guard
+    on_host: bool
     on_cuda: bool
     host_lengths: bool
     profile: VarlenProfile | None
@@ -172,6 +174,7 @@ class Entry:
             word=settings_of(*(given[name] for name in Settings._fields)) if has_word else None,
             present=present,
             guard=guard(present(tensors)),
+            on_host=call.q.is_cpu,
             on_cuda=call.q.is_cuda,
             host_lengths=is_host_tensor,
             profile=profile,

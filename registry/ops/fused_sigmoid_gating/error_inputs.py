@@ -32,7 +32,8 @@ class ErrorInput:
         change: takes the valid call's arguments and returns those to replace; never writes to them.
         error: exact class of the error expected.
         argument: the error's ``argument`` attribute.
-        needs_full: only ``validate="full"`` can see it (the fault is in values, not in shapes, types or devices).
+        needs_full: only ``validate="full"`` can see it (the fault is in values, not in shapes, types or devices),
+            seen_on_host: unless they are on a CPU, where every call sees it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ErrorInput:
     error: type[ArgumentError]
     argument: str
     needs_full: bool = False
+    seen_on_host: bool = False
 
     def apply(self, kwargs: Kwargs) -> Kwargs:
         """The refused call's arguments, made from the valid call's."""
@@ -323,19 +325,23 @@ def _full(name: str, base: CaseSpec, change: Change, argument: str) -> ErrorInpu
     return ErrorInput(name, base, change, ValueErr, argument, needs_full=True)
 
 
+def _beyond(name: str, base: CaseSpec, change: Change, argument: str) -> ErrorInput:
+    return ErrorInput(name, base, change, ValueErr, argument, needs_full=True, seen_on_host=True)
+
+
 def _wrong_slots() -> list[ErrorInput]:
     """Values on the device. GDN's pool has 6 slots, SEPARATE's 9; the buffer has 5 rows."""
     return [
-        _full("slot beyond the pool", GDN, _ints(R, 0, 1, 6), R),
-        _full("slot far beyond the pool", GDN, _ints(R, 0, 2**31 - 1, 1), R),
+        _beyond("slot beyond the pool", GDN, _ints(R, 0, 1, 6), R),
+        _beyond("slot far beyond the pool", GDN, _ints(R, 0, 2**31 - 1, 1), R),
         _full("slot named twice", GDN, _ints(R, 4, 2, 4), R),
-        _full("slot 0 of no slots", GDN, _map(POOL, lambda t: t[:0]), R),
-        _full("slot beyond a pool that is only read", READ_ONLY, _ints(R, 0, 0, 6), R),
-        _full("read slot beyond the pool", SEPARATE, _ints(R, 9, 1, 2), R),
-        _full("write slot beyond the pool", SEPARATE, _ints(W, 0, 9, -1), W),
+        _beyond("slot 0 of no slots", GDN, _map(POOL, lambda t: t[:0]), R),
+        _beyond("slot beyond a pool that is only read", READ_ONLY, _ints(R, 0, 0, 6), R),
+        _beyond("read slot beyond the pool", SEPARATE, _ints(R, 9, 1, 2), R),
+        _beyond("write slot beyond the pool", SEPARATE, _ints(W, 0, 9, -1), W),
         _full("two sequences write one slot", SEPARATE, _ints(W, 5, 5, -1), W),
         _full("one reads what another writes", SEPARATE, _read_what_another_writes, W),
-        _full("row beyond the buffer", CHAIN, _ints(ROWS, 0, 1, 5), ROWS),
+        _beyond("row beyond the buffer", CHAIN, _ints(ROWS, 0, 1, 5), ROWS),
         _full("row named twice", CHAIN, _ints(ROWS, 1, -1, 1), ROWS),
         _full("a parent that is the step itself", TREE, _parent(2, 2), PARENTS),
         _full("a parent that comes later", TREE, _parent(1, 2), PARENTS),

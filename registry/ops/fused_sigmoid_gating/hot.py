@@ -24,6 +24,7 @@ from .entries import Entries
 from .entry import Entry
 from .first import FirstCalls
 from .guards import is_current_stream_capturing
+from .host_indices import check_host_indices
 from .torch_op import traced
 
 __all__ = ["HotPath"]
@@ -239,6 +240,11 @@ class HotPath:
                 elif layout.identity is not entry.identity and not entry.takes_layout(layout):
                     continue
 
+                if entry.on_host:
+                    check_host_indices(
+                        initial_state_source, initial_state_indices, write, intermediate_states_buffer,
+                        intermediate_state_indices,
+                    )  # fmt: skip
                 number = entries.hit()
                 if entry is not candidates[0] or alike:
                     entries.served(entry, number)

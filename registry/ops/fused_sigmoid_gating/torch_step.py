@@ -13,6 +13,7 @@ from torch import is_grad_enabled
 from ....errors import IsokernError
 from ...overrides import NO_OVERRIDES, current_overrides
 from .guards import is_current_stream_capturing
+from .host_indices import check_host_indices
 from .torch_served import NAME, SERVING, any_requires_grad, process_wide, refuse_grad
 from .torch_settings import parse_settings
 
@@ -57,6 +58,8 @@ def step(
             or (entry.on_cuda and is_current_stream_capturing() is not entry.capturing)
         ):
             continue
+        if entry.on_host:
+            check_host_indices(pool, slots, slots, None, None)
         number = entries.hit()
         if entry is not candidates[0]:
             entries.served(entry, number)

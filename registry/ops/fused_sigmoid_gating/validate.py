@@ -1,6 +1,7 @@
 """From the caller's arguments to a Call: every structural check, before anything is written.
 
-Nothing here reads device memory. Checks that need the values on a device are in ``validate_values``.
+Nothing here reads device memory; slots and rows on the host are looked at. Checks that need the values on a device are
+in ``validate_values``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ...varlen.layout import SequenceLayout
 from ...varlen.offsets import check_offsets
 from .call import Call
 from .dtypes import FLOAT_DTYPES, INDEX_DTYPES
+from .host_indices import check_host_indices
 from .memory import overlaps_itself
 
 __all__ = ["as_gate", "canonical_call"]
@@ -58,7 +60,7 @@ def canonical_call(
     Raises:
         ArgumentTypeError: something is no tensor, or has a dtype the contract does not list.
         ArgumentValueError: wrong rank, shape, device, value or combination; host-known offsets that are
-            empty, do not start at 0, decrease, or run past T.
+            empty, do not start at 0, decrease, or run past T; slots or rows on the host beyond their pool.
     """
     floats = {"A_log": A_log, "a": a, "dt_bias": dt_bias, "q": q, "k": k, "v": v, "b": b}
     for name, tensor in floats.items():
@@ -239,6 +241,9 @@ def canonical_call(
                     f"shape [N, steps] = [{n}, >= {longest if longest is not None else 'longest length'}]",
                     _shape(retrieve_parent_token),
                 )
+
+    if device.type == "cpu":
+        check_host_indices(pool, read, write, intermediate_states_buffer, rows)
 
     # output
     if out is not None:

@@ -56,11 +56,11 @@ def build_folder() -> Path:
 
 @cache
 def runtime() -> ctypes.CDLL:
-    """The scheduler and the watch, loaded once per process so that all kernels share them.
+    """The scheduler, the watch and what runs beside threads, loaded once per process so that all kernels share them.
 
     Raises BuildError.
     """
-    sources = (_HERE / "runtime.cpp", _HERE / "watch.cpp", _HERE / "tensor_core.cpp")
+    sources = tuple(_HERE / f"{name}.cpp" for name in ("runtime", "watch", "tensor_core", "copies"))
     flags = (*_COMMON, "-O2", "-I", str(_HEADERS), "-Wall", "-Wextra")
     text = "".join(f.read_text() for f in (*sources, *sorted(_HEADERS.iterdir())))
     library = _built("runtime", text, flags, [str(s) for s in sources])

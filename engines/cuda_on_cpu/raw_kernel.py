@@ -45,7 +45,7 @@ _ERRORS: dict[int, tuple[type[KernelError], str]] = {
     4: (KernelFault, "illegal address"),
     5: (KernelFault, "undefined behaviour"),
     6: (WatchError, "forbidden access"),
-    7: (KernelError, "misused group product"),
+    7: (KernelError, "misused group product or copy"),
 }
 
 

@@ -81,6 +81,7 @@ void fiber_main() {
   for (;;) {  // one turn per block
     kernel->call(kernel->function, kernel_arguments);
     tensor_thread_end();
+    copies_thread_end();
     wait_as(State::DONE);
   }
 }
@@ -182,6 +183,7 @@ void run_block() {
   std::fill(std::begin(warp_epochs), std::end(warp_epochs), 0u);
   if (watching()) watch_block_start();
   tensor_block_start(threads);
+  copies_block_start(threads);
   for (;;) {
     run_warps();
     unsigned waiting = 0, done = 0, stuck = 0;
@@ -301,6 +303,7 @@ const unsigned* lay_down(const unsigned* words, unsigned count) {
 void* dynamic_shared() { return dynamic_begin; }
 
 Standing standing() { return {block_number, (int)running, block_epoch, warp_epochs[running / WARP]}; }
+unsigned running_thread() { return running; }
 Range running_stack() { return {fibers[running].stack, fibers[running].stack + STACK}; }
 Range shared_memory(int which) {
   return which ? Range{dynamic_begin, dynamic_begin + dynamic_size} : Range{kernel->shared, kernel->shared_end};

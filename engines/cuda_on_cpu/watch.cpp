@@ -31,6 +31,7 @@ struct Cell {
   bool readers_in_warp = false;  // several threads have read in read.block_epoch: of one warp ...
   bool readers_beyond = false;   // ... or of several
   bool blocks = false;           // several blocks have read
+  bool in_flight = false;        // a copy to it has been started, and its thread has not waited for it
 };
 
 struct Region {
@@ -70,6 +71,7 @@ bool too_early(const Standing& me) { return overlaps && !waited[me.thread]; }
 void read_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
   if (cell.written_before && too_early(me))
     object("read of what an earlier kernel writes, without wait_for_previous", name, at, nullptr);
+  if (cell.in_flight) object("read of what a copy has yet to bring", name, at, &cell.write);
   if (cell.write.happened() && !ordered(cell.write, me)) object("race, read after write", name, at, &cell.write);
   Access& last = cell.read;
   if (last.happened() && last.block != me.block) cell.blocks = true;
@@ -83,6 +85,7 @@ void read_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
 void write_cell(Cell& cell, const Standing& me, const char* name, size_t at) {
   if ((cell.written_before || cell.read_before) && too_early(me))
     object("write of what an earlier kernel uses, without wait_for_previous", name, at, nullptr);
+  if (cell.in_flight) object("write of what a copy has yet to bring", name, at, &cell.write);
   if (cell.write.happened() && !ordered(cell.write, me)) object("race, write after write", name, at, &cell.write);
   const Access& last = cell.read;
   if (last.happened()) {
@@ -146,6 +149,16 @@ void look(const void* address, size_t bytes, bool writes) {
   }
 }
 
+template <class F> void each_shared_cell(const void* address, size_t bytes, F act) {
+  const char* p = (const char*)address;
+  for (int which = 0; which < 2; which++) {
+    const Range shared = shared_memory(which);
+    if (!shared.holds(p, bytes)) continue;
+    const size_t first = (size_t)(p - shared.begin);
+    for (size_t at = first; at < first + bytes; at += GRAIN) act(shared_cells[which][at / GRAIN]);
+  }
+}
+
 }  // namespace
 
 bool watching() { return active; }
@@ -192,6 +205,22 @@ void watch_group_read(const void* address, size_t bytes) {
         object("read by a group product without publish_shared", "shared memory", at, &write);
     }
   }
+}
+
+// A copy may read and write at any time between its start and its thread's wait for it: it has to be in order with what
+// others do at both ends, and nobody may touch its place in between.
+void watch_copy(const void* to, const void* from, size_t bytes) {
+  if (from) look(from, bytes, false);
+  look(to, bytes, true);
+  each_shared_cell(to, bytes, [](Cell& cell) { cell.in_flight = true; });
+}
+
+void watch_landing(const void* to, const void* from, size_t bytes) {
+  const Region* const region = from ? region_of((const char*)from) : nullptr;
+  if (region && !region->cells.empty()) look(from, bytes, false);
+  const Standing me = standing();
+  const Access landed = {me.block, me.thread, me.block_epoch, me.warp_epoch, (uint32_t)publications[me.thread].size()};
+  each_shared_cell(to, bytes, [&](Cell& cell) { cell.in_flight = false, cell.write = landed; });
 }
 
 extern "C" {

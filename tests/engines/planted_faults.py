@@ -1,4 +1,4 @@
-"""Faults planted in the source of the Triton, Numba CUDA and chunked CUDA C++ kernels, and what has to find each.
+"""Faults planted in the source of the Triton, Numba CUDA and CUDA C++ kernels, and what has to find each.
 
 Read by ``test_faults`` and by ``fault_cases``, which runs them. A fault is a text of one of the backend's files, what
 is written in its place, what finds it, the case that shows it, and, where configs are of two kinds, which must show it:
@@ -8,7 +8,7 @@ is written in its place, what finds it, the case that shows it, and, where confi
     watch       an address that belongs to no tensor, a race, or an unsynchronised read, told before it is done
     schedules   another order of programs or threads gives other bits
     error       the engine itself: threads that wait for each other, an operation no GPU has
-    misuse      that, or values: what products give used before it is there
+    misuse      that, or values: what products give or copies bring used before it is there, or overwritten
     far         an offset beyond 2**31 elements that is not reached
 
     group       the first config whose warps multiply four at a time
@@ -107,6 +107,38 @@ TRITON: dict[str, tuple[str, str, str, str, str]] = {
     ),
 }
 
+#: Of the recurrent kernel: what the engine's copies find. Its other faults are in ``test_cupy_faults``.
+CUPY: dict[str, tuple[str, ...]] = {
+    "a state taken before it has landed": (
+        "kernels/states.cuh",
+        "    wait_for_copies();\n    Share<T>",
+        "    Share<T>",
+        "values",
+        "decode",
+    ),
+    "a state that is not waited for, as the watch sees it": (
+        "kernels/states.cuh",
+        "    wait_for_copies();\n    Share<T>",
+        "    Share<T>",
+        "watch",
+        "decode",
+    ),
+    "a state that is asked for and never taken": (
+        "kernels/recurrent.cu",
+        "if (t == 0) recurrence.arrive(landing);",
+        "",
+        "watch",
+        "decode",
+    ),
+    "a state that lands in another thread's place": (
+        "kernels/states.cuh",
+        "[x][threadIdx.x], (const unsigned*)",
+        "[x][threadIdx.x ^ 1], (const unsigned*)",
+        "watch",
+        "decode",
+    ),
+}
+
 NUMBA_CUDA: dict[str, tuple[str, str, str, str, str]] = {
     "no barrier between windows": ("kernel.py", "cuda.syncthreads()", "cuda.syncwarp()", "schedules", "base"),
     "one window instead of two": ("kernel.py", "buffer = 1 - buffer", "buffer = 0", "schedules", "base"),
@@ -177,6 +209,30 @@ NUMBA_CUDA: dict[str, tuple[str, str, str, str, str]] = {
 # ---- what both forms of the scan share, and the chunks it works on
 # ---- what both forms of the scan share, and the chunks it works on
 CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
+    "a chunk that is not waited for": (
+        "kernels/scan.cu",
+        "      wait_for_group<Shape::STAGES - 2>();",
+        "",
+        "values",
+        "ring",
+        "each",
+    ),
+    "waiting for one chunk too few": (
+        "kernels/scan.cu",
+        "wait_for_group<Shape::STAGES - 2>();",
+        "wait_for_group<Shape::STAGES - 1>();",
+        "watch",
+        "ring",
+        "each",
+    ),
+    "published before it has landed": (
+        "kernels/scan.cu",
+        "      wait_for_group<Shape::STAGES - 2>();\n    }\n    if constexpr (Shape::GROUP) publish_shared();",
+        "      publish_shared();\n      wait_for_group<Shape::STAGES - 2>();\n    }",
+        "watch",
+        "chunks",
+        "group",
+    ),
     "a chunk used before it is there for all": (
         "kernels/scan.cu",
         "meet_by_name<1, SCAN_THREADS>();\n  else __syncthreads();",
@@ -205,7 +261,7 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
         "kernels/scan.cu",
         "constexpr int AHEAD = Shape::STAGES - 1;",
         "constexpr int AHEAD = Shape::STAGES;",
-        "values",
+        "misuse",
         "ring",
         "each",
     ),
@@ -581,6 +637,14 @@ CUPY_CHUNKED: dict[str, tuple[str, ...]] = {
         "each",
     ),
     # the first kernel, which is the same for all configs
+    "tiles that are not waited for": (
+        "kernels/prepare.cu",
+        "  wait_for_copies();\n  __syncthreads();",
+        "  __syncthreads();",
+        "values",
+        "chunks",
+        "first",
+    ),
     "tiles used before they are there": (
         "kernels/prepare.cu",
         "wait_for_copies();\n  __syncthreads();",
@@ -1200,6 +1264,7 @@ FAULTS = {
     "triton": TRITON,
     "triton_chunked": TRITON_CHUNKED,
     "numba_cuda": NUMBA_CUDA,
+    "cupy": CUPY,
     "cupy_chunked": CUPY_CHUNKED,
     "cupy_chunked_bf16": CUPY_CHUNKED_BF16,
     "cupy_cut": CUPY_CUT,

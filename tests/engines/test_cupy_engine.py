@@ -208,6 +208,182 @@ class TestWhatItRefuses:
             kernel("")((1,), (1,), ("x", torch.zeros(1)))
 
 
+#: A copy's place before the wait and after it: `s`, of 8 words by thread; `in` and `out` are global.
+COPIES = """
+  __shared__ __align__(16) float s[2][32][8];
+  const int t = threadIdx.x;
+  float* const own = s[0][t];
+  const float* const in = x + 8 * t;
+  float* const to = out + 8 * t;
+  const auto take = [&] { for (int i = 0; i < 8; i++) to[i] = own[i]; };
+"""
+#: As backends write it for the CPU: lands at once, nothing to wait for. The engine's own are called nevertheless.
+OWN_COPIES = """
+template <int BYTES> inline void copy_async(void* shared, const void* global, bool live) {
+  for (int w = 0; w < BYTES / 4; w++) ((unsigned*)shared)[w] = live ? ((const unsigned*)global)[w] : 0;
+}
+inline void wait_for_copies() {}
+"""
+
+
+def copies(body: str, before: str = "", threads: int = 32, watch: bool = False) -> torch.Tensor:
+    """What a kernel of one block leaves, of 8 words by thread; x counts from 1."""
+    run, x, out = kernel(COPIES + body, "float* x, float* out", before), torch.arange(1.0, 257), torch.zeros(32, 8)
+    if watch:
+        watched(run, threads, x=x, out=out)
+    else:
+        run((1,), (threads,), (x, out))
+    return out
+
+
+def missing(out: torch.Tensor) -> list[bool]:
+    """Which words are NaN, of 8; the same in all threads."""
+    nan = torch.isnan(out)
+    assert bool((nan == nan[0]).all())
+    there = torch.arange(1.0, 257).view(32, 8)
+    assert bool((nan | (out == there)).all())
+    return nan[0].tolist()
+
+
+class TestAsynchronousCopies:
+    HALVES = "copy_async<16>(own, in, true); group_copies(); copy_async<16>(own + 4, in + 4, true); group_copies();"
+
+    @pytest.mark.parametrize("own", ["", OWN_COPIES], ids=["the engine's alone", "a backend's own beside them"])
+    @pytest.mark.parametrize("bytes_", [4, 8, 16])
+    def test_the_place_is_nan_until_the_wait(self, bytes_, own):
+        start = f"for (int i = 0; i < 8; i += {bytes_} / 4) copy_async<{bytes_}>(own + i, in + i, true);"
+        assert missing(copies(f"{start} take(); wait_for_copies();", own)) == [True] * 8
+        assert missing(copies(f"{start} wait_for_copies(); take();", own)) == [False] * 8
+        assert missing(copies(f"{start} wait_for_copies(); take();", own, watch=True)) == [False] * 8
+
+    @pytest.mark.parametrize(("left", "newest"), [(0, False), (1, True)])
+    def test_the_newest_groups_may_be_left(self, left, newest):
+        out = copies(f"{self.HALVES} wait_for_group<{left}>(); take(); wait_for_copies();")
+        assert missing(out) == [False] * 4 + [newest] * 4
+
+    def test_as_many_left_as_there_are_is_no_wait(self):
+        assert missing(copies(f"{self.HALVES} wait_for_group<2>(); take();")) == [True] * 8
+
+    def test_empty_groups_count(self):
+        out = copies(f"{self.HALVES} group_copies(); wait_for_group<1>(); take();")
+        assert missing(out) == [False] * 8
+
+    def test_copies_of_no_group_are_waited_for_only_with_all(self):
+        start = "copy_async<16>(own, in, true); group_copies(); copy_async<16>(own + 4, in + 4, true);"
+        assert missing(copies(f"{start} wait_for_group<0>(); take();")) == [False] * 4 + [True] * 4
+        assert missing(copies(f"{start} wait_for_copies(); take();")) == [False] * 8
+
+    def test_a_ring_of_many(self):
+        """More than a queue begins with, some always in flight: each arrives when its group has been waited for."""
+        out = copies("""
+          float sum = 0;
+          for (int i = 0; i < 100; i++) {
+            for (int w = 0; w < 8 && i < 99; w++) copy_async<4>(&s[i % 2][t][w], in + (w + i) % 8, true);
+            group_copies();
+            wait_for_group<1>();
+            for (int w = 0; w < 8 && i > 0; w++) sum += (w + 1) * s[1 - i % 2][t][w];
+          }
+          to[0] = sum;
+        """)
+        x = torch.arange(1.0, 257).view(32, 8)
+        want = sum((torch.arange(1.0, 9) * x.roll(-i, 1)).sum(1) for i in range(99))
+        assert torch.equal(out[:, 0], want)
+
+    def test_more_than_a_queue_begins_with(self):
+        out = copies("""
+          __shared__ float many[300];
+          for (int i = 0; i < 300 && t == 0; i++) copy_async<4>(many + i, x + i % 256, true);
+          wait_for_copies();
+          __syncthreads();
+          for (int i = 0; i < 8; i++) to[i] = many[(8 * t + i + 256) % 300 % 256];
+        """)
+        x = torch.arange(1.0, 257)
+        assert torch.equal(out.flatten(), x[(torch.arange(256) + 256) % 300 % 256])
+
+    @pytest.mark.parametrize("bytes_", [4, 8, 16])
+    def test_zeros_where_nothing_is_alive(self, bytes_):
+        fill = f"for (int i = 0; i < 8; i += {bytes_} / 4) copy_async<{bytes_}>(own + i, nullptr, false);"
+        assert torch.isnan(copies(f"{fill} take();")).all()
+        assert torch.equal(copies(f"{fill} wait_for_copies(); take();"), torch.zeros(32, 8))
+        assert torch.equal(copies(f"{fill} wait_for_copies(); take();", watch=True), torch.zeros(32, 8))
+
+    def test_a_wait_is_for_the_own_copies(self):
+        """Whoever reads another's copy needs that one's wait, and a barrier behind it."""
+        body = "copy_async<16>(s[0][t], in, true); copy_async<16>(s[0][t] + 4, in + 4, true); {}"
+        read = "for (int i = 0; i < 8; i++) to[i] = s[0][t ^ 1][i];"
+        x = torch.arange(1.0, 257).view(32, 8)
+        right = body.format(f"wait_for_copies(); __syncthreads(); {read}")
+        swapped = x.view(16, 2, 8).flip(1).reshape(32, 8)
+        assert torch.equal(copies(right), swapped)
+        assert torch.equal(copies(right, watch=True), swapped)
+        other = body.format(
+            f"if (t % 2) wait_for_copies(); __syncthreads(); {read} __syncthreads(); wait_for_copies();"
+        )
+        assert torch.isnan(copies(other)).all(1).tolist() == [False, True] * 16
+        with pytest.raises(Violation, match="read of what a copy has yet to bring"):
+            copies(other, watch=True)
+        with pytest.raises(Violation, match=r"race, read after write|read before anything"):
+            copies(body.format(f"wait_for_copies(); {read}"), watch=True)
+        with pytest.raises(Violation, match="read of what a copy has yet to bring"):
+            copies(body.format(f"__syncthreads(); {read} wait_for_copies();"), watch=True)
+
+    @pytest.mark.parametrize(
+        ("body", "what"),
+        [
+            ("copy_async<4>(own, in, true); own[0] = 1; wait_for_copies();", "place"),
+            ("copy_async<4>(own, in, true); copy_async<4>(own, in + 1, true); wait_for_copies();", "place"),
+            ("copy_async<8>(own, in, true); x[8 * t + 1] = 7; wait_for_copies();", "source"),
+        ],
+        ids=["its place by a thread", "its place by another copy", "its source"],
+    )
+    def test_what_is_written_before_a_copy_has_landed(self, body, what):
+        with pytest.raises(KernelError, match=f"the {what} of a copy by thread 0 was written"):
+            copies(body)
+        with pytest.raises(Violation, match=r"write of what a copy has yet to bring|was written|write to an input"):
+            copies(body, watch=True)
+
+    def test_a_source_that_is_written_after_the_wait(self):
+        out = copies("copy_async<4>(own, in, true); wait_for_copies(); x[8 * t] = 7; to[0] = own[0];")
+        assert torch.equal(out[:, 0], torch.arange(1.0, 257, 8))
+
+    def test_returning_without_a_wait(self):
+        copies("copy_async<4>(own, in, true);")  # a GPU would not mind
+        with pytest.raises(Violation, match="returns with 1 copies that it has not waited for"):
+            copies("copy_async<4>(own, in, true);", watch=True)
+        copies("copy_async<4>(own, in, false);", watch=True)  # nothing was asked for
+
+    def test_none_is_left_for_the_next_block_or_launch(self):
+        run = kernel(
+            COPIES + "if (n) copy_async<4>(own, in, true); else { wait_for_copies(); take(); }",
+            "const float* x, float* out, int n",
+        )
+        x, out = torch.arange(256.0), torch.zeros(32, 8)
+        run((2,), (32,), (x, out, np.int32(1)))
+        run((1,), (32,), (x, out, np.int32(0)))
+        assert torch.isnan(out).all()  # as shared memory is that nobody wrote
+
+    def test_the_watch_sees_both_ends_of_a_copy(self):
+        with pytest.raises(Violation, match="x"):
+            copies("copy_async<16>(own, in + 256, true); wait_for_copies();", watch=True)
+        with pytest.raises(Violation, match="race, write after write: shared memory"):
+            copies("copy_async<16>(s[0][t / 2], in, true); wait_for_copies();", watch=True)
+
+    @pytest.mark.parametrize(
+        ("start", "error", "message"),
+        [
+            ("copy_async<8>(own + 1, in, true)", KernelFault, "not aligned"),
+            ("copy_async<16>(own, in + 2, true)", KernelFault, "not aligned"),
+            ("copy_async<4>(to, in, true)", KernelError, "not from global to shared"),
+            ("copy_async<4>(own, s[1][t], true)", KernelError, "not from global to shared"),
+            ("copy_async<4>(own, (const float*)nullptr + 1, true)", KernelFault, "illegal address"),
+        ],
+        ids=["place", "source", "to global memory", "from shared memory", "from nowhere"],
+    )
+    def test_what_no_gpu_copies(self, start, error, message):
+        with pytest.raises(error, match=message):
+            copies(f"{start}; wait_for_copies();")
+
+
 class TestSchedules:
     def test_a_correct_kernel_gives_the_same_in_all(self):
         run = reverse("__syncthreads();")

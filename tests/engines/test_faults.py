@@ -1,6 +1,6 @@
-"""Faults planted in the Triton and Numba CUDA kernels: the engine or the suite finds each, and nothing without a fault.
+"""Faults planted in the kernels of Triton, Numba CUDA and CUDA C++: the engine or the suite finds each, and nothing without a fault.
 
-Those of the CUDA C++ kernel are in ``test_cupy_faults``.
+Those of the recurrent CUDA C++ kernel are in ``test_cupy_faults``, but for what asynchronous copies show.
 """
 
 import json

@@ -5,9 +5,9 @@
 //
 // Supported: 1-D to 3-D grids, static and dynamic shared memory, __syncthreads, named barriers of a whole block,
 // __syncwarp, the four shuffles, votes, atomicAdd, the common intrinsics, vector types, products of bfloat16 matrices
-// (16 x 8 x 16, and those of four warps) and the loads that go with them. Not supported: inline PTX, asynchronous copies (one that is waited for too
-// late is not noticed), barriers of a part of a block, clusters, textures, and anything in which blocks wait for each
-// other. A kernel asks for CUDA_ON_CPU where it needs another spelling.
+// (16 x 8 x 16, and those of four warps) and the loads that go with them, asynchronous copies of 4, 8 and 16 bytes.
+// Not supported: inline PTX, bulk copies and their barriers, barriers of a part of a block, clusters, textures, and
+// anything in which blocks wait for each other. A kernel asks for CUDA_ON_CPU where it needs another spelling.
 #pragma once
 
 #include <cmath>
@@ -89,6 +89,13 @@ void group_commit();
 void group_wait(unsigned left);
 void publish_shared();
 void wait_for_previous();  // the running thread may use what the kernels before left
+
+// Asynchronous copies (copies.cpp) of the running thread.
+void start_copy(void* to, const void* from, unsigned bytes);  // from null: zeros
+void close_copies();  // those since the last call are a group
+void wait_for_closed_copies(unsigned left);  // of all groups but the newest `left`
+void wait_for_all_copies();
+struct Copies {};
 
 template <class To, class From> inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -253,8 +260,28 @@ CUDA_ON_CPU_UNWATCHED inline void multiply(float (&c)[4], const unsigned (&a)[4]
   cuda_on_cpu::multiply_warp({sum, left, {b0, b1}});
   for (int e = 0; e < 4; e++) c[e] = sum[e];
 }
-inline void group_copies() {}
-template <int LEFT> inline void wait_for_group() {}
+
+// Asynchronous copies (cp.async), see backends/cupy/kernels/numbers.cuh: until the thread has waited for one, its place
+// holds NaN. That file brings a twin for the CPU that copies at once and has nothing to wait for. The ones here are
+// called in its stead: specializations of its template, and a wait that the macro gives an argument. Where the file
+// defines its own wait, the macro turns the argument into a parameter, `Copies (*)()`, and nobody calls that one.
+template <int BYTES> inline void copy_async(void* shared, const void* global, bool live);
+template <> inline void copy_async<4>(void* shared, const void* global, bool live) {
+  cuda_on_cpu::start_copy(shared, live ? global : nullptr, 4);
+}
+template <> inline void copy_async<8>(void* shared, const void* global, bool live) {
+  cuda_on_cpu::start_copy(shared, live ? global : nullptr, 8);
+}
+template <> inline void copy_async<16>(void* shared, const void* global, bool live) {
+  cuda_on_cpu::start_copy(shared, live ? global : nullptr, 16);
+}
+inline void wait_for_copies(cuda_on_cpu::Copies) { cuda_on_cpu::wait_for_all_copies(); }
+#define wait_for_copies() wait_for_copies(cuda_on_cpu::Copies())
+inline void group_copies() { cuda_on_cpu::close_copies(); }
+template <int LEFT> inline void wait_for_group() {
+  static_assert(LEFT >= 0, "groups");
+  cuda_on_cpu::wait_for_closed_copies(LEFT);
+}
 
 // Group products (wgmma), see backends/cupy_chunked/kernels/group.cuh. Until they have been waited for, accumulators
 // hold NaN, and B has not been read.

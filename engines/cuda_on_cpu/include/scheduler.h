@@ -1,4 +1,5 @@
-// Between the scheduler, the watch and the tensor cores: who is running, and in which stretch between barriers.
+// Between the scheduler, the watch, the tensor cores and the copies: who is running, and in which stretch between
+// barriers.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,8 @@ enum Outcome {
   FAULT = 4,      // an address that is not mapped
   UNDEFINED = 5,  // undefined behaviour: overflow, shift, misaligned access, array bound
   FORBIDDEN = 6,  // the watch objects
-  MISUSED = 7,    // group products that are not begun, committed or waited for, or of what they cannot multiply
+  MISUSED = 7,    // group products that are not begun, committed or waited for, or of what they cannot multiply;
+                  // copies that something else is written to or from before they land
 };
 
 struct Standing {  // of the running thread
@@ -24,6 +26,7 @@ struct Standing {  // of the running thread
   uint32_t warp_epoch;  // barriers of the warp passed (shuffles order no memory)
 };
 Standing standing();
+unsigned running_thread();  // the same without the rest
 
 struct Range {
   const char *begin, *end;
@@ -40,10 +43,14 @@ void watch_block_end();
 bool watching();
 void watch_group_read(const void* p, size_t bytes);  // the running thread's group product reads what was published
 void watch_publish();
+void watch_copy(const void* to, const void* from, size_t bytes);  // the running thread starts it; from null: zeros
+void watch_landing(const void* to, const void* from, size_t bytes);  // it has waited for it
 
 void meet_lanes(unsigned mask, bool orders);  // a warp operation of the running thread; does it order memory?
 void tensor_block_start(unsigned threads);
 void tensor_thread_end();
 void tensor_block_end();
+void copies_block_start(unsigned threads);
+void copies_thread_end();
 
 }  // namespace cuda_on_cpu

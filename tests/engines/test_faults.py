@@ -1,4 +1,4 @@
-"""Faults planted in the kernels of Triton, Numba CUDA and CUDA C++: the engine or the suite finds each, and nothing without a fault.
+"""Faults planted in kernels: the engine or the suite finds each, and nothing without a fault.
 
 Those of the recurrent CUDA C++ kernel are in ``test_cupy_faults``, but for what asynchronous copies show.
 """

@@ -132,6 +132,7 @@ class Registry:
             if backend.name in self._backends[backend.op] and not replace:
                 raise RegistrationError(f"backend {backend.name!r} of op {backend.op!r} is already registered")
             self._put(backend)
+            self._forget(backend.op)
         return backend
 
     def unregister_backend(self, op: str, name: str) -> None:
@@ -190,14 +191,13 @@ class Registry:
                 stacklevel=4,
             )
             return
-        self._put(backend)
+        self._put(backend)  # nothing was decided without it: who decides has found all of them before
 
     def _put(self, backend: Backend) -> None:
         # Replaced as a whole: others may be looking through it.
         self._backends[backend.op] = {**self._backends.get(backend.op, {}), backend.name: backend}
         self._fingerprints.pop((backend.op, backend.name), None)
         self._sources.pop((backend.op, backend.name), None)
-        self._forget(backend.op)
 
     # ---- what was decided earlier
 

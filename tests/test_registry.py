@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from isokern.cache import Store
 from isokern.cache.found import Miss
 from isokern.errors import (
     BackendDeclinedError,
@@ -19,6 +20,7 @@ from isokern.errors import (
     UnknownNameError,
 )
 from isokern.registry import Accepted, Backend, Config, FunctionBackend, OpSpec, Registry, RejectCode, Rejected, Rule
+from isokern.registry.ops.fused_sigmoid_gating.case import CaseSpec
 from isokern.registry.overrides import environment_overrides, use
 
 
@@ -397,6 +399,18 @@ class TestTheFingerprintOfAFunction:
         assert cell(2, "def run(n): return (lambda x: x + 1)(n)") == one
         assert cell(3, "def run(n): return (lambda x: x + 2)(n)") != one
         assert self.fingerprint(len) != self.fingerprint(abs)
+
+
+def test_the_first_call_of_a_process_which_finds_the_backends_is_remembered():
+    made = Registry()
+    made.use_store(Store([]))
+    spec = made.spec("fused_sigmoid_gating")
+    call = spec.make_inputs(CaseSpec("two", (1, 1), k=8, v=8), 0).kwargs
+    op = made.get("fused_sigmoid_gating")
+    op(**call)
+    op(**call)
+    assert op.stats()["misses"] == 1
+    assert len(made.dispatcher("fused_sigmoid_gating").bound) == 1
 
 
 class TestThreads:

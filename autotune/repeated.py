@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from ..registry.backend import Pinned, PinnedByLayout, Runner
+from ..registry.backend import Runner, pin, pin_by_layout
 from ..registry.spec import OpSpec
 
 __all__ = ["repeated_call"]
@@ -18,13 +18,10 @@ def repeated_call(spec: OpSpec, runner: Runner, call: Any) -> Callable[[], None]
     As the op's hot path: by the batch's layout, else by bare tensors, else as a new record of the call, so that what a
     backend keeps on a call does not outlive it. Pinning may compile; nothing runs.
     """
-    allocate, layout = spec.allocate, getattr(call, "layout", None)
-    shown = copy.copy(call)
+    allocate, shown = spec.allocate, copy.copy(call)
     shown.out = allocate(call)
-    by_layout: Callable[[Any], PinnedByLayout | None] | None = getattr(runner, "pin_by_layout", None)
-    laid = None if by_layout is None or layout is None else by_layout(shown)
-    by_tensors: Callable[[Any], Pinned | None] | None = getattr(runner, "pin", None)
-    pinned = None if by_tensors is None or laid is not None else by_tensors(shown)
+    laid = pin_by_layout(runner, shown)
+    pinned = pin(runner, shown) if laid is None else None
     if laid is None and pinned is None:
 
         def unpinned() -> None:
@@ -39,7 +36,7 @@ def repeated_call(spec: OpSpec, runner: Runner, call: Any) -> Callable[[], None]
     def repeated() -> None:
         tensors[at] = allocate(call)
         if laid is not None:
-            laid(tuple(tensors), layout)
+            laid(tuple(tensors), call.layout)
         elif pinned is not None:
             pinned(tuple(tensors))
 

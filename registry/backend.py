@@ -24,6 +24,8 @@ __all__ = [
     "Runner",
     "Scalar",
     "fingerprint_files",
+    "pin",
+    "pin_by_layout",
     "works_in_chunks",
 ]
 
@@ -79,6 +81,21 @@ class PinnableByLayout(Protocol):
 
         Runs and writes nothing, and keeps no tensor alive. None where a call is needed as a whole.
         """
+
+
+def pin(runner: object, call: Any) -> Pinned | None:
+    """The runner pinned to calls like ``call``, which has its output; None where it cannot be (:class:`Pinnable`)."""
+    # To ask whether something has a Protocol's method takes 15 us.
+    offered: Callable[[Any], Pinned | None] | None = getattr(runner, "pin", None)
+    return None if call.out is None or offered is None else offered(call)
+
+
+def pin_by_layout(runner: object, call: Any) -> PinnedByLayout | None:
+    """The same for calls that have a SequenceLayout, of a runner that needs it (see :class:`PinnableByLayout`)."""
+    if call.out is None or getattr(call, "layout", None) is None:
+        return None
+    offered: Callable[[Any], PinnedByLayout | None] | None = getattr(runner, "pin_by_layout", None)
+    return None if offered is None else offered(call)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...backend import Pinned, PinnedByLayout, Runner
+from ...backend import Pinned, PinnedByLayout, Runner, pin, pin_by_layout
 from ...decision import Decision
 from ...dispatch import Bound
 from ...overrides import Override, active
@@ -23,7 +23,7 @@ from .problem import Problem
 from .torch_settings import Settings, settings_of
 from .validate import as_gate
 
-__all__ = ["Entry", "pin"]
+__all__ = ["Entry"]
 
 #: Where a step's own tensors are among TENSORS: A_log to read_slots.
 _OF_STEPS = list(range(TENSORS.index("write_slots")))
@@ -236,21 +236,6 @@ def _reshape(given: Mapping[str, Any], call: Call) -> Reshape | None:
         return a, b, dt_bias if dt_bias.shape == bias else dt_bias.unflatten(0, bias)  # type: ignore[no-untyped-call]
 
     return reshape
-
-
-def pin(runner: object, call: Call) -> Pinned | None:
-    """The runner pinned to calls like ``call``, which has its output; None where it cannot be (see ``Pinnable``)."""
-    # To ask whether something has a Protocol's method takes 15 us.
-    offered: Callable[[Call], Pinned | None] | None = getattr(runner, "pin", None)
-    return None if call.out is None or offered is None else offered(call)
-
-
-def pin_by_layout(runner: object, call: Call) -> PinnedByLayout | None:
-    """The same for calls that have a SequenceLayout, of a runner that needs it (see ``PinnableByLayout``)."""
-    if call.out is None or call.layout is None:
-        return None
-    offered: Callable[[Call], PinnedByLayout | None] | None = getattr(runner, "pin_by_layout", None)
-    return None if offered is None else offered(call)
 
 
 def _nothing(tensors: tuple[Any, ...]) -> None:

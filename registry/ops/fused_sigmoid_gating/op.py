@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 
 from ....errors import ArgumentTypeError
+from ...backend import pin
 from ...decision import Decision
 from ...dispatch import Dispatcher
 from ...explain import render
-from .entry import pin
 from .hot import HotPath
 from .problem import Problem
 from .validate import canonical_call

@@ -49,6 +49,7 @@ class Regret:
         choice, best: ``backend[config]``. rule: what made the choice. regret: how much slower the choice is, as a
             fraction of the best's time; can be a little negative where the two are equals.
         choice_us, best_us: medians, microseconds per call. blocks: compared on. candidates: timed in each.
+        times_us: of each of those, its median in microseconds per call.
     """
 
     choice: str
@@ -59,6 +60,7 @@ class Regret:
     best_us: float
     blocks: int
     candidates: int
+    times_us: Mapping[str, float]
 
 
 def split_regret(blocks: Sequence[Mapping[str, float]], choice: str) -> tuple[str, float]:
@@ -123,10 +125,10 @@ def measure_regret(
     calm = sorted(range(len(rounds)), key=lambda i: rounds[i][0])[:wanted]
     table = [{name: rounds[i][1][name] for name in names} for i in sorted(calm)]
     best, regret = split_regret(table, choice)
-    typical = {name: 1e6 * median(block[name] for block in table) for name in (choice, best)}
+    typical = {name: 1e6 * median(block[name] for block in table) for name in names}
     return Regret(
-        choice, best, decision.rule.value, regret, typical[choice], typical[best], len(table[1::2]), len(names)
-    )  # fmt: skip
+        choice, best, decision.rule.value, regret, typical[choice], typical[best], len(table[1::2]), len(names), typical
+    )
 
 
 def _restless(sentinels: Sequence[float]) -> bool:

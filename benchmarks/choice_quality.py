@@ -8,10 +8,11 @@ Tunes the workload first (into the store at --root, if there is one), and then
  again       runs the same warm-up in a fresh process, which finds everything;
  modes       compares the winners of eager and graph launch, problem by problem;
  left out    leaves each entry of the store out in turn, and compares what near ones say with what it holds;
- held out    draws shapes that were not tuned, lets the registry choose, and times every candidate;
  planted     on a GPU, races wrong and broken kernels against a right one: each must be rejected for what it is;
  agreement   tunes a few problems again in fresh processes from empty stores, and counts who chooses the same;
- transfer    does as held out on other lengths within each tuned problem's buckets: what the buckets cost.
+ held out    draws shapes that were not tuned, lets the registry choose, and times every candidate;
+ transfer    does as held out on other lengths within tuned problems' buckets: what the buckets cost.
+The last two begin no further shape after --seconds; how many were left out is part of the result.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -30,7 +32,7 @@ import typer
 from choice_left_out import left_out
 from choice_planted import planted, planted_summary
 from choice_processes import agreement, look_up
-from choice_shapes import held_out_cases, task_of, transfer_tasks
+from choice_shapes import held_out_cases, sample_of, task_of, transfer_tasks
 from record import Row, meta, save
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +51,7 @@ OP = "fused_sigmoid_gating"
 #: Decode alone, at 1 and at 64 rows, where candidates lie closest together.
 AGREE_ON = ("decode N=1", "decode N=64")
 #: Seconds of a shape's blocks within which more of them are taken: of calls that take little time.
-SPARE_S = 1.0
+SPARE_S = 0.5
 
 app = typer.Typer(add_completion=False)
 
@@ -63,36 +65,66 @@ def refused_labels(entries: Iterable[Entry]) -> frozenset[str]:
     return frozenset(c.label for entry in entries for c in entry.candidates if c.code and c.code not in harmless)
 
 
-def measure(what: str, tasks: Sequence[Task], plan: WarmupPlan, blocks: int, out: Console) -> list[Row]:
-    """A row per task: what the registry dispatches against the best."""
-    policy = plan.settings.policy.measure
-    refused = refused_labels(item.entry for item in plan.store.entries(plan.environment))
-    rows = []
-    with Worker(plan.device, plan.threads, plan.settings.limits) as worker:
-        for number, task in enumerate(tasks):
-            began = time.monotonic()
-            decision = plan.registry.dispatcher(OP).decide(task.problem)
-            try:
-                found = measure_regret(
-                    worker,
-                    task,
-                    decision,
-                    plan.registry,
-                    policy,
-                    refused=refused,
-                    blocks=blocks,
-                    spare_s=SPARE_S,
-                    seed=number,
-                )
-            except NothingToCompareError as error:
-                out.print(f"{what} {task.recipe.case.name}: {error}", markup=False)
-                continue
-            rows.append(row_of(what, task, found))
-            seconds = rows[-1].extra["seconds"] = round(time.monotonic() - began, 2)
-            line = f"{what} {number + 1}/{len(tasks)} {task.recipe.mode} {task.recipe.case.name} ({found.rule})"
-            said = f"{line}: {found.choice} {100 * found.regret:+.1f} % of {found.best}, {seconds} s"
-            out.print(said, markup=False, highlight=False)
-    return rows
+class Judge:
+    """Compares the registry's choices with every other candidate, in one worker.
+
+    Attributes:
+        times: of each shape, what was chosen and each candidate's median, microseconds per call.
+        left_over: by part, shapes that ``until`` left no time for.
+    """
+
+    def __init__(self, worker: Worker, blocks: int, until: float, out: Console) -> None:
+        self.worker = worker
+        self.blocks = blocks
+        self.until = until
+        self.out = out
+        self.times: list[dict[str, Any]] = []
+        self.left_over: dict[str, int] = {}
+
+    def rows(self, what: str, tasks: Sequence[tuple[WarmupPlan, Task]]) -> list[Row]:
+        """A row per task that there was time for: what the registry dispatches against the best."""
+        found: list[Row] = []
+        refused: dict[str, frozenset[str]] = {}
+        for number, (plan, task) in enumerate(tasks):
+            if time.monotonic() > self.until:
+                self.left_over[what] = len(tasks) - number
+                self.out.print(f"{what}: no time for {len(tasks) - number} of {len(tasks)}", markup=False)
+                break
+            if plan.environment.hash not in refused:
+                entries = (item.entry for item in plan.store.entries(plan.environment))
+                refused[plan.environment.hash] = refused_labels(entries)
+            row = self._row(what, plan, task, refused[plan.environment.hash], number)
+            if row is not None:
+                found.append(row)
+                said = f"{what} {number + 1}/{len(tasks)} {row.case} ({row.extra['rule']}): {row.extra['choice']}"
+                said += f" {100 * row.extra['regret']:+.1f} % of {row.extra['best']}, {row.extra['seconds']} s"
+                self.out.print(said, markup=False, highlight=False)
+        return found
+
+    def _row(self, what: str, plan: WarmupPlan, task: Task, refused: frozenset[str], seed: int) -> Row | None:
+        began = time.monotonic()
+        decision = plan.registry.dispatcher(OP).decide(task.problem)
+        try:
+            found = measure_regret(
+                self.worker,
+                task,
+                decision,
+                plan.registry,
+                plan.settings.policy.measure,
+                refused=refused,
+                blocks=self.blocks,
+                spare_s=SPARE_S,
+                seed=seed,
+            )
+        except NothingToCompareError as error:
+            self.out.print(f"{what} {task.recipe.case.name}: {error}", markup=False)
+            return None
+        row = row_of(what, task, found)
+        row.extra["seconds"] = round(time.monotonic() - began, 2)
+        times = {name: round(us, 4) for name, us in found.times_us.items()}
+        key = {"what": what, "case": row.case, "key": dict(task.problem.key())}
+        self.times.append(key | {"choice": found.choice, "rule": found.rule, "times_us": times})
+        return row
 
 
 def row_of(what: str, task: Task, found: Regret) -> Row:
@@ -101,6 +133,7 @@ def row_of(what: str, task: Task, found: Regret) -> Row:
     row = Row(f"{task.recipe.mode} {task.recipe.case.name}", "isokern", backend, config.removesuffix("]"))
     setattr(row, f"{task.recipe.mode}_us", round(found.choice_us, 3))
     row.extra = {"what": what, "profile": task.problem.profile.label, **asdict(found)}
+    del row.extra["times_us"]
     return row
 
 
@@ -205,14 +238,16 @@ def run(
     tier: Annotated[Tier | None, typer.Option(help="how much is tuned; core on a CPU, wide on a GPU")] = None,
     root: Annotated[Path | None, typer.Option(help="store to tune into, kept; a temporary one if not given")] = None,
     held_out: Annotated[int, typer.Option(help="shapes that were not tuned")] = 40,
-    per_bucket: Annotated[int, typer.Option(help="other shapes per tuned problem")] = 2,
+    transfers: Annotated[int, typer.Option("--transfer", help="other shapes of tuned problems' buckets")] = 24,
     processes: Annotated[int, typer.Option(help="tuning runs from nothing")] = 20,
-    blocks: Annotated[int, typer.Option(help="times that each candidate is timed")] = 20,
+    blocks: Annotated[int, typer.Option(help="times that each candidate is timed, or more")] = 10,
+    most_s: Annotated[float, typer.Option("--seconds", help="after so many no further shape is judged")] = 570.0,
     most_tokens: Annotated[int, typer.Option(help="of a held-out shape; 0: 8192, or 512 on a CPU")] = 0,
     traps: Annotated[list[Policy] | None, typer.Option(help="launch modes to plant candidates in; all")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a few of everything")] = False,
     keep: Annotated[bool, typer.Option("--save", help="write the result file into benchmarks/results")] = False,
     report: Annotated[Path | None, typer.Option("--out", help="write the result file here, after every part")] = None,
+    all_times: Annotated[Path | None, typer.Option("--times", help="write every candidate's times here")] = None,
     commit: Annotated[str | None, typer.Option(help="of this source, where git cannot tell")] = None,
 ) -> None:
     """Tune, measure, print; with --save also write the result file."""
@@ -221,7 +256,8 @@ def run(
     out = Console(width=140)
     tps = tp or [1]
     if quick:
-        tier, held_out, per_bucket, processes, blocks = Tier.SMOKE, 3, 1, 2, 6
+        tier, held_out, transfers, processes, blocks = Tier.SMOKE, 3, 2, 2, 6
+    began = time.monotonic()
     rows: list[Row] = []
     summary: dict[str, Any] = {}
 
@@ -250,21 +286,29 @@ def run(
             modes=mode_summary(item.entry for item in store.entries(plans[0].environment)),
             left_out=left_out_summary(rows),
         )
-        limit = most_tokens or (512 if on_cpu else 8192)
-        for i, plan in enumerate(plans):
-            cases = held_out_cases(held_out, limit)[i :: len(plans)]
-            fresh = [task_of(case, plan, modes[n % len(modes)]) for n, case in enumerate(cases)]
-            rows += measure("held_out", fresh, plan, blocks, out)
-            so_far(held_out=regret_summary(rows, "held_out"))
         if not on_cpu:
             rows += planted(device, tuple(policy.value for policy in traps or ()) or modes, out)
             so_far(planted=planted_summary(rows))
         agreed, votes = agreement(model, tps[0], device, AGREE_ON[: 1 if quick else 2], processes, out)
         rows += votes
         so_far(agreement=agreed)
-        for plan in plans:
-            rows += measure("transfer", transfer_tasks(plan, per_bucket), plan, blocks, out)
-        information = so_far(transfer=regret_summary(rows, "transfer"))
+        drawn = held_out_cases(held_out, most_tokens or (512 if on_cpu else 8192))
+        # Each launch mode with each number of ranks, whatever there are of both.
+        ways = [(plan, mode) for plan in plans for mode in modes]
+        fresh = [(plan, task_of(case, plan, mode)) for case, (plan, mode) in zip(drawn, cycle(ways), strict=False)]
+        others = [(plan, task) for plan in plans for task in transfer_tasks(plan, 1)]
+        with Worker(device, plans[0].threads, plans[0].settings.limits) as worker:
+            judge = Judge(worker, blocks, began + most_s, out)
+            rows += judge.rows("held_out", fresh)
+            so_far(held_out=regret_summary(rows, "held_out"))
+            rows += judge.rows("transfer", sample_of(others, transfers))
+        if all_times is not None:
+            all_times.write_text(json.dumps(judge.times) + "\n")
+        information = so_far(
+            transfer=regret_summary(rows, "transfer"),
+            left_over=judge.left_over,
+            seconds=round(time.monotonic() - began, 1),
+        )
         show(summary, out)
         if keep:
             out.print(str(save("choice", gpu_name(information), information, rows)))

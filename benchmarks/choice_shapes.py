@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from isokern.autotune.regret import lengths_in_bucket
 from isokern.autotune.tuner import Task
@@ -14,7 +16,10 @@ from isokern.registry.ops.fused_sigmoid_gating.describe import describe
 from isokern.registry.ops.fused_sigmoid_gating.lengths import LengthLayout
 from isokern.registry.ops.fused_sigmoid_gating.workload_case import Case, Phase, case_name
 
-__all__ = ["held_out_cases", "task_of", "transfer_tasks"]
+__all__ = ["held_out_cases", "sample_of", "task_of", "transfer_tasks"]
+
+
+T = TypeVar("T")
 
 
 def held_out_cases(count: int, most_tokens: int, seed: int = 0) -> list[Case]:
@@ -59,6 +64,11 @@ def transfer_tasks(plan: WarmupPlan, per_problem: int) -> list[Task]:
             task = Task(replace(recipe, case=spec, twin=adversarial_twin(spec)), planned.task.problem)
             found.append(task)
     return found
+
+
+def sample_of(tasks: Sequence[T], count: int, seed: int = 0) -> list[T]:
+    """So many of ``tasks``, or all, at random."""
+    return random.Random(seed).sample(tasks, min(count, len(tasks)))
 
 
 def task_of(case: Case, plan: WarmupPlan, mode: str) -> Task:
